@@ -1,0 +1,37 @@
+"""patch_config: a config that makes every model built from it patched."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+from attnpatch.registry import family_for_model_type
+from attnpatch.spec import AttentionSpec
+
+C = TypeVar("C")
+
+
+def patch_config(config: C, spec: Any, layers: Any = None, sites: Any = None, init: str | None = None) -> C:
+    """A copy of a transformers config that carries a spec.
+
+    `Model(config)` and `AutoModel.from_config(config)` then build the patched model from scratch, and
+    `from_pretrained(stock_checkpoint, config=config)` converts the checkpoint's weights on the way.
+
+    Args:
+        config: of a supported model type. One that carries a spec already gets the new rules added.
+        spec, layers, sites: as for `attnpatch.patch`.
+        init: for weights that come from a stock checkpoint: "preserve" (default) or "paper".
+
+    Raises:
+        SpecError: a wrong spec. UnsupportedModelError: the model type has no family.
+    """
+    family = family_for_model_type(getattr(config, "model_type", ""))
+    parsed = AttentionSpec.parse(spec, layers, sites, init).resolved(family)
+    result = copy.deepcopy(config)
+    if not parsed:
+        return result
+    had: Any = getattr(config, "attnpatch", None)
+    if had:
+        parsed = AttentionSpec.parse(AttentionSpec.from_dict(had).merged(parsed))
+    result.attnpatch = parsed.to_dict()  # type: ignore[attr-defined]
+    return result

@@ -1,0 +1,1 @@
+"""The attention methods as plain tensor functions; import from the submodules."""

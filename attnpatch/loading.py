@@ -1,0 +1,128 @@
+"""from_pretrained for patched models: stock checkpoints are converted on the way, damaged ones are refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from attnpatch.errors import CheckpointError, SpecError
+from attnpatch.integration import spec_of
+from attnpatch.spec import AttentionSpec
+
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+
+def load_model(load: Callable[..., Any], source: Any, config: Any, arguments: dict[str, Any]) -> Any:
+    """What `from_pretrained` does once attnpatch is imported.
+
+    Args:
+        load: transformers' own `from_pretrained`, bound to the class and the checkpoint.
+        source: folder or hub id, or None when the weights are given as a state dict.
+        config: the config that the caller gave, if any.
+        arguments: the other keyword arguments.
+
+    Raises:
+        CheckpointError: attention weights are missing or unexpected, or a patched checkpoint would be
+            loaded as a stock model.
+        SpecError: the config asks for another spec than the checkpoint holds.
+    """
+    from transformers import PreTrainedConfig
+
+    if not isinstance(config, PreTrainedConfig):
+        return _load_and_check(load, config, arguments)
+    asked = spec_of(config)
+    if asked is None and str(getattr(config, "_name_or_path", "")) == str(source):
+        return load(config=config, **arguments)
+    held = asked if source is None else _held_spec(source, arguments)
+    if asked is None and held is None:
+        return load(config=config, **arguments)
+    if asked is None:
+        raise CheckpointError(
+            f"{source} is a checkpoint patched with {AttentionSpec.from_dict(held or {})}, but the given config is "
+            "stock: its attention weights would be random. Leave the config out, or load it from the checkpoint"
+        )
+    if held is None:
+        return _load_stock_and_patch(load, config, arguments)
+    if not AttentionSpec.from_dict(asked).same_attention(AttentionSpec.from_dict(held)):
+        raise SpecError(
+            f"the config asks for {AttentionSpec.from_dict(asked)}, but {source} holds "
+            f"{AttentionSpec.from_dict(held)}; start from the stock checkpoint, or `attnpatch revert` it first"
+        )
+    return _load_and_check(load, config, arguments)
+
+
+def _held_spec(source: Any, arguments: dict[str, Any]) -> Any:
+    """The spec in the checkpoint's own config.json."""
+    from transformers import PreTrainedConfig
+
+    hub = {name: arguments[name] for name in _HUB_ARGUMENTS if arguments.get(name) is not None}
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(source, **hub)
+    except OSError:
+        return None
+    return found.get("attnpatch") or None
+
+
+def _load_stock_and_patch(load: Callable[..., Any], config: Any, arguments: dict[str, Any]) -> Any:
+    from attnpatch.patching import patch
+
+    spec = AttentionSpec.from_dict(config.attnpatch)
+    stock = copy.deepcopy(config)
+    del stock.attnpatch
+    with_info = arguments.pop("output_loading_info", False)
+    model, info = load(config=stock, output_loading_info=True, **arguments)
+    training = model.training
+    patch(model, spec)
+    model.train(training)
+    return (model, info) if with_info else model
+
+
+def _load_and_check(load: Callable[..., Any], config: Any, arguments: dict[str, Any]) -> Any:
+    with_info = arguments.pop("output_loading_info", False)
+    model, info = load(config=config, output_loading_info=True, **arguments)
+    _check_keys(model, info)
+    return (model, info) if with_info else model
+
+
+def _check_keys(model: Any, info: dict[str, Any]) -> None:
+    """Attention weights of a patched model must all come from the checkpoint, and all be used."""
+    from attnpatch.patching import patched_modules
+    from attnpatch.registry import find_sites
+
+    if not patched_modules(model):
+        return
+    prefixes = []
+    for site in find_sites(model):
+        prefixes.append(site.path + ".")
+        prefixes += [site.family.projection_path(site.path, role) + "." for role in site.family.projections]
+    base = getattr(model, "base_model_prefix", "")
+    # A checkpoint's keys may carry the base model's prefix where the model's do not, or the other way round.
+    prefixes += [p.removeprefix(base + ".") for p in prefixes] + [f"{base}.{p}" for p in prefixes]
+    starts = tuple(prefixes)
+    missing = sorted(key for key in info.get("missing_keys", ()) if key.startswith(starts))
+    unexpected = sorted(key for key in info.get("unexpected_keys", ()) if key.startswith(starts))
+    if not missing and not unexpected:
+        return
+    parts = []
+    if missing:
+        parts.append(f"lacks {len(missing)} attention weights of its config's spec ({_some(missing)})")
+    if unexpected:
+        parts.append(f"holds {len(unexpected)} attention weights that the spec has no place for ({_some(unexpected)})")
+    raise CheckpointError(
+        f"the checkpoint {' and '.join(parts)}; they would be random or lost. It may have been patched with another "
+        "spec, or its weights overwritten: convert it again"
+    )
+
+
+def _some(keys: list[str], count: int = 3) -> str:
+    shown = ", ".join(keys[:count])
+    return f"{shown}, ..." if len(keys) > count else shown
