@@ -33,5 +33,21 @@ def patch_config(config: C, spec: Any, layers: Any = None, sites: Any = None, in
     had: Any = getattr(config, "attnpatch", None)
     if had:
         parsed = AttentionSpec.parse(AttentionSpec.from_dict(had).merged(parsed))
+    _check(config, parsed)
     result.attnpatch = parsed.to_dict()  # type: ignore[attr-defined]
     return result
+
+
+def _check(config: Any, spec: AttentionSpec) -> None:
+    """Try the spec on a model without weights, so that a wrong layer or site is an error here and not later."""
+    import torch
+    from transformers import AutoModel
+
+    from attnpatch.patching import check_spec
+
+    stock = copy.deepcopy(config)
+    if hasattr(stock, "attnpatch"):
+        del stock.attnpatch
+    with torch.device("meta"):
+        model = AutoModel.from_config(stock)
+    check_spec(model, spec)

@@ -192,14 +192,19 @@ def build_from_config(model: nn.Module) -> None:
     Called at the end of every transformers model's `__init__`, innermost model first; what an inner model has
     built already is left as it is. The stock projections have random weights at this point and are not kept.
     """
-    record = model.config.attnpatch
-    spec = AttentionSpec.from_dict(record)
+    config: Any = model.config
+    spec = AttentionSpec.from_dict(config.attnpatch)
     found = find_sites(model)
-    plan, _ = _plan(model, spec.resolved(found[0].family), found, skip_done=True)
+    plan, _ = _plan(model, spec.resolved(found[0].family), found, building=True)
     for planned in plan:
         undo, _ = _apply(model, planned, "paper", {}, keep_stock=False)
         _remember(planned.module, undo)
     install_loss_hooks(model)
+
+
+def check_spec(model: nn.Module, spec: AttentionSpec) -> None:
+    """Raise what `patch(model, spec)` would raise for its names, layers and sites; changes nothing."""
+    _plan(model, spec, find_sites(model))
 
 
 def patched_modules(model: nn.Module) -> dict[str, dict[str, str]]:
@@ -228,15 +233,20 @@ def _unwrap(model: nn.Module) -> nn.Module:
             f"the model is wrapped in {kind}, which holds its parameters: patch first, then wrap"
         )
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        base: nn.Module = model.get_base_model()
+        wrapper: Any = model
+        base: nn.Module = wrapper.get_base_model()
         return base
     return model
 
 
 def _plan(
-    model: nn.Module, spec: AttentionSpec, found: Sequence[Site], skip_done: bool = False
+    model: nn.Module, spec: AttentionSpec, found: Sequence[Site], building: bool = False
 ) -> tuple[list[_Planned], list[str]]:
-    """Which variant goes where; every reason to refuse is found here, before anything is touched."""
+    """Which variant goes where; every reason to refuse is found here, before anything is touched.
+
+    While a model is being built, an inner model may hold only some of a spec's sites, and what it has built is
+    left to it.
+    """
     modules = dict(model.named_modules())
     plan: list[_Planned] = []
     notes: list[str] = []
@@ -246,7 +256,8 @@ def _plan(
             for site in found
             if (rule.layers is None or site.layer in rule.layers) and (rule.sites is None or site.kind in rule.sites)
         ]
-        _check_reach(rule.layers, rule.sites, found)
+        if not building:
+            _check_reach(rule.layers, rule.sites, found)
         for name in rule.variants:
             variant = get_variant(name)
             skipped = set()
@@ -258,14 +269,14 @@ def _plan(
                     continue
                 module = modules[site.path]
                 count += 1
-                if skip_done and any(undo.stage == variant.stage for undo in _undo_list(module)):
+                if building and any(undo.stage == variant.stage for undo in _undo_list(module)):
                     continue
                 planned = _Planned(site, module, variant, options)
                 _check_free(model, planned, plan)
                 plan.append(planned)
             if skipped:
                 notes.append(f"{name} is not defined for {', '.join(sorted(skipped))} attention, which stays stock")
-            if not count:
+            if not count and not building:
                 raise SpecError(
                     f"{name} applies to none of the chosen layers and sites; it takes the sites: "
                     f"{', '.join(variant.site_kinds)}"

@@ -44,7 +44,7 @@ class Rule:
         """The validated options object of one of the rule's variants, with `family`'s defaults."""
         variant = get_variant(name)
         defaults = family.defaults.get(name, {}) if family else {}
-        options = build_options(variant.Options, name, {**defaults, **self.variants[name]})
+        options: Any = build_options(variant.Options, name, {**defaults, **self.variants[name]})
         variant.check(options)
         return options
 
