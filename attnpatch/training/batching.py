@@ -1,0 +1,144 @@
+"""Batches of like length, and the collator that makes Marian's inputs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from attnpatch.training.errors import TrainingError
+
+IGNORE = -100
+"""Label of a padded target position: not in any loss."""
+
+
+class TokenBatchSampler(Sampler[list[int]]):
+    """Batches under a token budget, of pairs of like length, in an order that depends on seed and epoch only.
+
+    Args:
+        lengths: a pair's length, the longer of source and target, in tokens.
+        max_tokens: a batch holds at most this many positions on its longer side, padding included. A single pair
+            that is longer is a batch of its own.
+        num_shards: how many processes share the batches. The count is made a multiple of it by halving the largest
+            batches, so that each process gets as many and no pair is seen twice.
+
+    Where the batches end is fixed by the sorted lengths, so every epoch has as many; which of the pairs of equal
+    length share a batch, and the order of the batches, is drawn afresh each epoch. The epoch is set with `set_epoch`,
+    nothing is remembered between epochs: a resumed run draws what the uninterrupted one drew.
+    """
+
+    def __init__(self, lengths: Sequence[int], max_tokens: int, seed: int, num_shards: int = 1) -> None:
+        if not len(lengths):
+            raise TrainingError("no training pairs to make batches of")
+        self.lengths = torch.as_tensor(lengths, dtype=torch.long)
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.epoch = 0
+        self.bounds = _even(self._token_bounds(), num_shards)
+
+    def _token_bounds(self) -> list[tuple[int, int]]:
+        ordered = self.lengths.sort().values.tolist()
+        bounds, start = [], 0
+        for i, length in enumerate(ordered):
+            if i > start and (i - start + 1) * length > self.max_tokens:
+                bounds.append((start, i))
+                start = i
+        bounds.append((start, len(ordered)))
+        return bounds
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def _order(self, generator: torch.Generator) -> list[int]:
+        shuffled = torch.randperm(len(self.lengths), generator=generator)
+        return shuffled[self.lengths[shuffled].sort(stable=True).indices].tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        order = self._order(generator)
+        for batch in torch.randperm(len(self.bounds), generator=generator).tolist():
+            start, end = self.bounds[batch]
+            yield order[start:end]
+
+
+class SentenceBatchSampler(TokenBatchSampler):
+    """Batches of `batch_size` pairs; with `group`, sorted by length within stretches of 50 batches."""
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, num_shards: int = 1, group: bool = True
+    ) -> None:
+        self.sentences, self.group = batch_size, group
+        super().__init__(lengths, 0, seed, num_shards)
+
+    def _token_bounds(self) -> list[tuple[int, int]]:
+        size, total = self.sentences, len(self.lengths)
+        return [(i, min(i + size, total)) for i in range(0, total, size)]
+
+    def _order(self, generator: torch.Generator) -> list[int]:
+        shuffled = torch.randperm(len(self.lengths), generator=generator)
+        if not self.group:
+            return shuffled.tolist()
+        stretches = shuffled.split(50 * self.sentences)
+        return torch.cat([s[self.lengths[s].sort(stable=True).indices] for s in stretches]).tolist()
+
+
+def _even(bounds: list[tuple[int, int]], num_shards: int) -> list[tuple[int, int]]:
+    """Halves the largest batches until their number is a multiple of `num_shards`."""
+    bounds = list(bounds)
+    while len(bounds) % num_shards:
+        largest = max(range(len(bounds)), key=lambda i: bounds[i][1] - bounds[i][0])
+        start, end = bounds[largest]
+        if end - start < 2:
+            raise TrainingError(
+                f"{len(bounds)} training pair(s) cannot be shared evenly by {num_shards} processes in batches of one; "
+                "use fewer processes or more data"
+            )
+        bounds[largest : largest + 1] = [(start, (start + end) // 2), ((start + end) // 2, end)]
+    return bounds
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """One seed of two, such that (seed 1, epoch 0) and (seed 0, epoch 1) do not draw alike."""
+    return (seed * 1_000_003 + epoch * 7_919 + 12_345) % (2**63)
+
+
+def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices in batches of like length, longest first, each of at most `max_tokens` padded positions: for
+    evaluation, where order does not matter and running out of memory should happen at once."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * max(lengths[batches[-1][0]], 1) <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+class TranslationCollator:
+    """Pads a batch on the right: input_ids and attention_mask [B, S]; decoder_input_ids [B, T], the labels shifted
+    right behind the start token; labels [B, T] with -100 in padding."""
+
+    def __init__(self, pad_token_id: int, decoder_start_token_id: int) -> None:
+        self.pad = pad_token_id
+        self.start = decoder_start_token_id
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Batch of rows with `input_ids` and, for training and losses, `labels`."""
+        batch = {"input_ids": _padded([row["input_ids"] for row in rows], self.pad)}
+        batch["attention_mask"] = _padded([[1] * len(row["input_ids"]) for row in rows], 0)
+        if "labels" in rows[0]:
+            batch["labels"] = _padded([row["labels"] for row in rows], IGNORE)
+            batch["decoder_input_ids"] = _padded([[self.start, *row["labels"][:-1]] for row in rows], self.pad)
+        return batch
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *([value] * (width - len(row)))] for row in rows], dtype=torch.long)

@@ -1,0 +1,75 @@
+"""What happens beside the steps: the sampler's epoch, and lines on the screen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from attnpatch.training.batching import TokenBatchSampler
+from attnpatch.training.trainer import TranslationTrainer
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the sampler which epoch begins, also in a resumed run whose loader wraps it several times over."""
+
+    def __init__(self, sampler: TokenBatchSampler, steps_per_epoch: int) -> None:
+        self.sampler = sampler
+        self.steps_per_epoch = steps_per_epoch
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(state.global_step // self.steps_per_epoch)
+
+
+class TrainerAware(TrainerCallback):
+    """A callback that knows its trainer; `trainer` is set once that exists."""
+
+    trainer: TranslationTrainer | None = None
+
+
+class ClockCallback(TrainerAware):
+    """Starts and stops the trainer's clock."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer is not None:
+            self.trainer.start_clock()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer is not None:
+            self.trainer.stop_clock()
+
+
+class LineCallback(TrainerAware):
+    """One line for each log: step, epoch, loss, learning rate, and target tokens a second since the last line."""
+
+    def __init__(self) -> None:
+        self._last = (0.0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._speed()
+
+    def _speed(self) -> float:
+        """Target tokens of this process a second of training since the last call."""
+        if self.trainer is None:
+            return 0.0
+        progress = self.trainer.progress_now()
+        seconds, tokens = self._last
+        self._last = (progress.train_seconds, progress.target_tokens)
+        return (progress.target_tokens - tokens) / max(progress.train_seconds - seconds, 1e-9)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        at = f"step {state.global_step}/{state.max_steps} epoch {state.epoch or 0:.2f}"
+        if "loss" in logs:
+            line = f"{at}  loss {logs['loss']:.4f}  lr {logs.get('learning_rate', 0):.2e}"
+            if "grad_norm" in logs:
+                line += f"  grad norm {logs['grad_norm']:.2f}"
+            if "auxiliary_loss" in logs:
+                line += f"  auxiliary {logs['auxiliary_loss']:.4f}"
+            print(f"{line}  {self._speed():,.0f} target tokens/s", flush=True)
+        elif "eval_loss" in logs:
+            line = f"{at}  dev loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.2f}"
+            if "eval_bleu" in logs:
+                line += f"  dev BLEU {logs['eval_bleu']:.2f}"
+            print(line, flush=True)

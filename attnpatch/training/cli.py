@@ -1,0 +1,56 @@
+"""The command line of scripts/train_marian.py: arguments in, an exit code out."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+from attnpatch.errors import AttnpatchError
+
+FAILED, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str], usage: str | None = None) -> int:
+    """Runs a training. Returns 0; 2 after an error, said in one sentence; 130 after Ctrl-C."""
+    words = [word for word in argv if word != "--debug"]
+    debug = len(words) != len(argv)
+    if "-h" in words or "--help" in words or not words:
+        print((usage or __doc__ or "").strip())
+        return 0 if words else FAILED
+    try:
+        from attnpatch.training.config import MarianTrainingConfig, load_config
+        from attnpatch.training.errors import ConfigError
+
+        options = [word for word in words if word.startswith("-")]
+        if options:
+            raise ConfigError(f"unknown option {options[0]}; options: --debug, --help; settings are key=value")
+        path = None if "=" in words[0] else words[0]
+        overrides = words if path is None else words[1:]
+        config = load_config(MarianTrainingConfig, path, overrides)
+
+        from attnpatch.training.marian import run
+
+        run(config)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command resumes from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    except (AttnpatchError, OSError) as error:
+        return _failed(error, debug)
+    except Exception as error:  # safetensors has its own class for a full disk, and torch a bare RuntimeError
+        if debug or not _is_disk(error):
+            raise
+        return _failed(error, debug)
+    return 0
+
+
+def _is_disk(error: BaseException) -> bool:
+    text = str(error).lower()
+    return "no space left" in text or "disk quota" in text or "file write failed" in text
+
+
+def _failed(error: BaseException, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return FAILED

@@ -1,0 +1,21 @@
+#!/usr/bin/env python
+"""Trains a Marian translation model, with stock or patched attention, and scores it.
+
+    accelerate launch scripts/train_marian.py configs/multi30k-cpu.yaml data.dir=PATH [spec=neural] [key=value ...]
+
+The keys are those of the config file, with dots: training.max_steps=50. `--debug` shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("attnpatch") is None:  # a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from attnpatch.training.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], __doc__))

@@ -1,0 +1,103 @@
+"""Configs: types, ranges, overrides, unknown keys, environment variables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from attnpatch.training.config import MarianTrainingConfig, load_config
+from attnpatch.training.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def load(*overrides: str, text: str = "", folder: Path | None = None) -> MarianTrainingConfig:
+    path = None
+    if folder is not None:
+        path = folder / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+    return load_config(MarianTrainingConfig, path, overrides)
+
+
+def test_file_then_overrides(tmp_path: Path) -> None:
+    text = "seed: 4\ntraining:\n  epochs: 2\n  learning_rate: 1e-3\ndata:\n  test: [a, b]\n"
+    config = load("training.epochs=0.5", "spec=neural+expressive", "data.dev=valid", text=text, folder=tmp_path)
+    assert config.seed == 4
+    assert config.training.epochs == 0.5
+    assert config.training.learning_rate == 1e-3  # which YAML 1.1 reads as text
+    assert config.data.test == ["a", "b"]
+    assert config.data.dev == ["valid"]
+    assert config.spec == "neural+expressive"
+
+
+def test_spec_may_be_a_mapping_and_stock_is_none() -> None:
+    assert load("spec={variant: neural, layers: 0-1}").spec == {"variant": "neural", "layers": "0-1"}
+    assert load("spec=stock").spec is None
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("training.epoch=3", ["training.", "'epoch'", "did you mean 'epochs'", "max_steps"]),
+        ("sed=3", ["'sed'", "did you mean 'seed'", "training"]),
+        ("training.schedule=linea", ["training.schedule", "did you mean 'linear'", "inverse_sqrt"]),
+        ("training.epochs=many", ["training.epochs='many'", "a number"]),
+        ("training.max_tokens=1.5", ["training.max_tokens", "a whole number"]),
+        ("training.label_smoothing=1.5", ["at most 0.99"]),
+        ("training.gradient_accumulation=0", ["at least 1"]),
+        ("training=3", ["training is a section", "max_tokens"]),
+        ("seed.x=3", ["seed=", "a whole number"]),
+        ("training.epochs", ["key=value"]),
+        ("model.heads=7", ["d_model=256", "heads=7"]),
+        ("training.evaluate_every=sometimes", ["epoch, never"]),
+        ("training.evaluate_every=50", ["final=best", "save_every"]),
+        ("data.lowercase=3", ["true or false"]),
+    ],
+)
+def test_bad_overrides(word: str, expected: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(word)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load(text="a: [1,", folder=tmp_path)
+    with pytest.raises(ConfigError, match="mapping"):
+        load(text="- 1\n", folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"no config file .*other\.yaml; in .*config\.yaml"):
+        load_config(MarianTrainingConfig, tmp_path / "other.yaml")
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_FOLDER", "/there")
+    assert load("data.dir=${SOME_FOLDER}/x").data.dir == "/there/x"
+    monkeypatch.delenv("SOME_FOLDER")
+    assert load("data.dir=${SOME_FOLDER:-here}").data.dir == "here"
+    with pytest.raises(ConfigError, match="SOME_FOLDER"):
+        load("data.dir=${SOME_FOLDER}")
+
+
+@pytest.mark.parametrize("name", ["multi30k-cpu", "ted-cpu", "iwslt17-paper"])
+def test_shipped_configs_load(name: str) -> None:
+    config = load_config(MarianTrainingConfig, CONFIGS / f"{name}.yaml", ["spec=neural"])
+    assert config.spec == "neural"
+    assert not Path(config.data.dir).is_absolute()
+
+
+def test_paper_settings() -> None:
+    config = load_config(MarianTrainingConfig, CONFIGS / "iwslt17-paper.yaml")
+    training = config.training
+    assert config.model.pretrained == "Helsinki-NLP/opus-mt-de-en"
+    assert (training.batching, training.batch_size, training.epochs, config.seed) == ("sentences", 32, 6, 42)
+    assert (training.learning_rate, training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (
+        5e-5,
+        0.9,
+        0.999,
+        1e-8,
+    )
+    assert (training.schedule, training.warmup_steps, training.weight_decay) == ("linear", 0, 0.0)
+    assert (training.clip_norm, training.precision, training.label_smoothing) == (1.0, "fp32", 0.0)
+    assert (config.data.max_source_length, config.data.max_target_length) == (1024, 128)
