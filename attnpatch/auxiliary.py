@@ -13,6 +13,7 @@ from attnpatch.pipeline import AttentionPipeline, pipeline_of
 
 _HOOKS = "_attnpatch_hooks"
 _PARAMETERS = "_attnpatch_parameters"
+_COUNTS_ITEMS = "_attnpatch_counts_items"
 _LABELS = ("labels", "next_sentence_label", "start_positions")
 
 
@@ -45,6 +46,7 @@ def install_loss_hooks(model: nn.Module) -> None:
     if not any(pipeline.regularise is not None for pipeline in _pipelines(model)):
         return
     model.__dict__[_PARAMETERS] = tuple(inspect.signature(model.forward).parameters)
+    model.__dict__[_COUNTS_ITEMS] = _counts_items(type(model))
     model.__dict__[_HOOKS] = [
         model.register_forward_pre_hook(_before_forward, with_kwargs=True),
         model.register_forward_hook(_after_forward, with_kwargs=True),
@@ -57,6 +59,7 @@ def remove_loss_hooks(model: nn.Module) -> None:
         for handle in module.__dict__.pop(_HOOKS, ()):
             handle.remove()
         module.__dict__.pop(_PARAMETERS, None)
+        module.__dict__.pop(_COUNTS_ITEMS, None)
 
 
 def _pipelines(model: nn.Module) -> list[AttentionPipeline]:
@@ -100,14 +103,17 @@ def _after_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if not model.training:
         return None
     names = model.__dict__.get(_PARAMETERS, ())
+    given = dict(zip(names, args, strict=False)) | kwargs
     loss = getattr(output, "loss", None)
     is_tuple = isinstance(output, tuple)
-    if is_tuple:
-        given = dict(zip(names, args, strict=False)) | kwargs
-        loss = output[0] if any(given.get(name) is not None for name in _LABELS) else None
-    if loss is None:
+    if is_tuple and any(given.get(name) is not None for name in _LABELS):
+        loss = output[0]
+    # Some heads give no loss for some labels (pretraining without the next sentence): a tuple then has logits first.
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
         return None
     extra = auxiliary_loss(model)
+    if model.__dict__.get(_COUNTS_ITEMS):
+        extra = extra * _share_of_items(model, given)
     if torch.is_grad_enabled() and loss.requires_grad and not extra.requires_grad and _trains_attention(model):
         raise PatchError(
             "the alignment loss lost its gradient: reentrant gradient checkpointing runs the layers without one. "
@@ -118,6 +124,22 @@ def _after_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return (loss, *output[1:])
     output.loss = loss
     return output
+
+
+def _counts_items(cls: type) -> bool:
+    """Whether the model's loss is a sum over `num_items_in_batch`, the labels of a whole optimiser step."""
+    forwards = [inspect.unwrap(base.__dict__["forward"]) for base in cls.__mro__ if "forward" in base.__dict__]
+    return any("loss_function" in f.__code__.co_names for f in forwards if hasattr(f, "__code__"))
+
+
+def _share_of_items(model: nn.Module, given: dict[str, Any]) -> Any:
+    """This batch's part of an optimiser step that gathers several (`gradient_accumulation_steps`), else 1."""
+    items, labels = given.get("num_items_in_batch"), given.get("labels")
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    if str(getattr(model, "loss_type", "")).startswith("ForCausalLM"):
+        labels = labels[..., 1:]
+    return (labels != -100).sum() / items
 
 
 def _trains_attention(model: nn.Module) -> bool:

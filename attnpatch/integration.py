@@ -48,7 +48,8 @@ class ConfigView:
 
     @property
     def backend(self) -> str:
-        chosen = object.__getattribute__(self, "_config")._attn_implementation
+        # The plain form, which torch.compile can trace.
+        chosen = self._config._attn_implementation
         return "sdpa" if chosen in (None, IMPLEMENTATION) else str(chosen)
 
     def __getattr__(self, name: str) -> Any:
@@ -94,7 +95,11 @@ def attention_forward(
     pipeline = module.attnpatch
     backend = module.config.backend
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask = _dense_mask(attention_mask, query, key, causal)
+    if kwargs.get("cu_seq_lens_q") is not None:
+        from attnpatch.errors import PatchError
+
+        raise PatchError("patched attention cannot read sequences packed without padding: pad the batches")
+    mask = _dense_mask(attention_mask, query, key, causal, backend)
     pipeline.add_loss(query, key, mask)
     need_weights = bool(kwargs.get("output_attentions")) or backend == "eager"
     if pipeline.has_stock_core and (backend == "eager" or not need_weights):
@@ -131,7 +136,7 @@ def _stock_function(module: Any, backend: str) -> Callable[..., tuple[Any, Any]]
     return function
 
 
-def _dense_mask(mask: Any, query: Any, key: Any, causal: bool) -> Any:
+def _dense_mask(mask: Any, query: Any, key: Any, causal: bool, backend: str) -> Any:
     """Any mask that transformers makes -> None, bool or float, broadcastable to [B, H, T, S].
 
     sdpa gives bool and eager float [B, 1, T, S]; flash attention gives the padding [B, S]; flex attention a
@@ -139,9 +144,12 @@ def _dense_mask(mask: Any, query: Any, key: Any, causal: bool) -> Any:
     """
     import torch
 
-    if mask is None:
-        return None
     length, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        if causal and "flash" in backend and 1 < length < keys:
+            # Several new tokens on a cache: flash attention aligns them with the last keys, sdpa with the first.
+            return torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)[None, None]
+        return None
     if not isinstance(mask, torch.Tensor):
         from torch.nn.attention.flex_attention import create_mask
 
@@ -219,6 +227,11 @@ def _extend_models(module: ModuleType) -> None:
 
             # Before the original, which gives the new layers transformers' own initialisation.
             build_from_config(self)
+        elif any(getattr(part, "attnpatch", None) for part in vars(self.config).values()):
+            from attnpatch.auxiliary import install_loss_hooks
+
+            # A model made of models (EncoderDecoderModel): theirs are patched, and the loss is this one's.
+            install_loss_hooks(self)
         stock_post_init(self)
 
     @functools.wraps(stock_from_pretrained)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -37,10 +39,13 @@ def load_model(load: Callable[..., Any], source: Any, config: Any, arguments: di
     """
     from transformers import PreTrainedConfig
 
-    if not isinstance(config, PreTrainedConfig):
+    if config is None:
         return _load_and_check(load, config, arguments)
-    asked = spec_of(config)
-    if asked is None and str(getattr(config, "_name_or_path", "")) == str(source):
+    by_path = not isinstance(config, PreTrainedConfig)
+    asked = _held_spec(config, arguments) if by_path else spec_of(config)
+    # AutoModel hands over the checkpoint's own config. A folder is cheap enough to be looked into all the same.
+    own = str(getattr(config, "_name_or_path", "")) == str(source)
+    if asked is None and own and not os.path.isdir(source):
         return load(config=config, **arguments)
     held = asked if source is None else _held_spec(source, arguments)
     if asked is None and held is None:
@@ -50,9 +55,9 @@ def load_model(load: Callable[..., Any], source: Any, config: Any, arguments: di
             f"{source} is a checkpoint patched with {AttentionSpec.from_dict(held or {})}, but the given config is "
             "stock: its attention weights would be random. Leave the config out, or load it from the checkpoint"
         )
-    if held is None:
+    if held is None and not by_path:
         return _load_stock_and_patch(load, config, arguments)
-    if not AttentionSpec.from_dict(asked).same_attention(AttentionSpec.from_dict(held)):
+    if held is not None and not AttentionSpec.from_dict(asked).same_attention(AttentionSpec.from_dict(held)):
         raise SpecError(
             f"the config asks for {AttentionSpec.from_dict(asked)}, but {source} holds "
             f"{AttentionSpec.from_dict(held)}; start from the stock checkpoint, or `attnpatch revert` it first"
@@ -100,21 +105,24 @@ def _check_keys(model: Any, info: dict[str, Any]) -> None:
 
     if not patched_modules(model):
         return
-    prefixes = []
+    prefixes, layers = [], []
     for site in find_sites(model):
         prefixes.append(site.path + ".")
+        layers += re.findall(r"^.*?\.\d+\.", site.path)
         prefixes += [site.family.projection_path(site.path, role) + "." for role in site.family.projections]
     base = getattr(model, "base_model_prefix", "")
     # A checkpoint's keys may carry the base model's prefix where the model's do not, or the other way round.
-    prefixes += [p.removeprefix(base + ".") for p in prefixes] + [f"{base}.{p}" for p in prefixes]
-    starts = tuple(prefixes)
-    missing = sorted(key for key in info.get("missing_keys", ()) if key.startswith(starts))
-    unexpected = sorted(key for key in info.get("unexpected_keys", ()) if key.startswith(starts))
+    def starts(paths: list[str]) -> tuple[str, ...]:
+        return tuple(paths + [p.removeprefix(base + ".") for p in paths] + [f"{base}.{p}" for p in paths])
+
+    # What is missing may be anything in a patched model's layers; heads and poolers may be new.
+    missing = sorted(key for key in info.get("missing_keys", ()) if key.startswith(starts(prefixes + layers)))
+    unexpected = sorted(key for key in info.get("unexpected_keys", ()) if key.startswith(starts(prefixes)))
     if not missing and not unexpected:
         return
     parts = []
     if missing:
-        parts.append(f"lacks {len(missing)} attention weights of its config's spec ({_some(missing)})")
+        parts.append(f"lacks {len(missing)} weights of its layers ({_some(missing)})")
     if unexpected:
         parts.append(f"holds {len(unexpected)} attention weights that the spec has no place for ({_some(unexpected)})")
     raise CheckpointError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from attnpatch.auxiliary import install_loss_hooks, remove_loss_hooks
 from attnpatch.calibrate import calibrate_projections
@@ -86,6 +87,7 @@ def patch(
     inner = _unwrap(model)
     parsed = AttentionSpec.parse(spec, layers, sites, init)
     found = find_sites(inner)
+    _check_whole(inner, found)
     parsed = parsed.resolved(found[0].family)
     if parsed.init == "calibrate" and calibration is None:
         raise SpecError("init='calibrate' needs calibration data: pass calibration=batches of model inputs")
@@ -146,6 +148,14 @@ def unpatch(model: nn.Module, stages: Iterable[str] | None = None) -> None:
                 f"the stock projections that {undo.variant!r} replaced are not in this model: they are in {where}. "
                 "Load that checkpoint, or undo only other stages: unpatch(model, stages=[...])"
             )
+        for holder, attribute, _ in undo.projections:
+            inside = holder.get_submodule(attribute).modules()
+            adapter = next((m for m in inside if type(m).__module__.startswith("peft.")), None)
+            if adapter is not None:
+                raise PatchError(
+                    f"the projections of {undo.variant!r} hold adapters ({type(adapter).__name__} of PEFT), which would "
+                    "be lost: merge_and_unload() them first, or undo only other stages: unpatch(model, stages=[...])"
+                )
     for module, undo in reversed(todo):
         _revert(module, undo)
     _forget(inner, chosen)
@@ -169,7 +179,8 @@ def patched(
     What this block patched is undone at its end, after an exception too; what was patched before stays.
     """
     inner = _unwrap(model)
-    known = {id(undo) for module in inner.modules() for undo in _undo_list(module)}
+    # The objects and not their ids, which a new object could get once an old one is gone.
+    known = [undo for module in inner.modules() for undo in _undo_list(module)]
     config = getattr(inner, "config", None)
     had = copy.deepcopy(getattr(config, "attnpatch", None))
     report = patch(model, spec, layers, sites, init, calibration=calibration)
@@ -178,7 +189,7 @@ def patched(
     finally:
         for module in list(inner.modules()):
             for undo in reversed(_undo_list(module)):
-                if id(undo) not in known:
+                if not any(undo is other for other in known):
                     _revert(module, undo)
         _set_record(config, had)
         remove_loss_hooks(inner)
@@ -220,7 +231,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside PEFT's wrapper; refuses wrappers that a patch would break."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"patch a model, not {type(model).__name__}")
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
         raise UnsupportedModelError(
             "the model is compiled, and its compiled code would go on computing the old attention: "
             "patch first, then torch.compile"
@@ -234,9 +245,25 @@ def _unwrap(model: nn.Module) -> nn.Module:
         )
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         wrapper: Any = model
-        base: nn.Module = wrapper.get_base_model()
-        return base
+        model = wrapper.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        # Its config could not say which layers of which model are patched, and a save would lose the patch.
+        inner = next((path for path, m in model.named_modules() if isinstance(m, PreTrainedModel)), None)
+        hint = f"patch the model inside, .{inner}" if inner else "patch the whole model, and choose layers or sites"
+        raise UnsupportedModelError(f"{kind} is not a transformers model: {hint}")
     return model
+
+
+def _check_whole(model: nn.Module, found: Sequence[Site]) -> None:
+    """Refuse the encoder or decoder of a model: they share its config, which would then speak for the other too."""
+    kinds = {site.kind for site in found}
+    config: Any = model.config
+    ours = any(config.model_type in site.family.model_types for site in found)
+    if ours and getattr(config, "is_encoder_decoder", False) and not {"encoder", "decoder"} <= kinds:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a part of a model that has encoder and decoder: patch the whole model, with "
+            f"sites={','.join(sorted(kinds))!r}"
+        )
 
 
 def _plan(
@@ -282,6 +309,11 @@ def _plan(
                     f"{', '.join(variant.site_kinds)}"
                 )
     return plan, notes
+
+
+def plan_of(model: nn.Module, spec: AttentionSpec, found: Sequence[Site]) -> list[_Planned]:
+    """Which variant, with which options, a resolved spec puts at which of a stock model's sites."""
+    return _plan(model, spec, found)[0]
 
 
 def _check_reach(layers: Sequence[int] | None, sites: Sequence[str] | None, found: Sequence[Site]) -> None:

@@ -95,6 +95,13 @@ class ProjectVariant(Variant):
         """Whether `preserve` is exact up to rounding."""
         return False
 
+    def recover(self, module: nn.Module, options: Any, init: str) -> nn.Linear | None:
+        """The stock layer that `preserve` was given, bit for bit, where `module` still shows it; None otherwise.
+
+        `init` is how the module was initialised; a module that was trained since must give None.
+        """
+        return None
+
     def features(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """What the last linear layer of `module` reads, for calibration. [..., in] -> [..., width]."""
         raise SpecError(f"{self.name} has no layer that could be calibrated; use init='preserve'")

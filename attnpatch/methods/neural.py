@@ -73,6 +73,24 @@ def _mirror(up: nn.Linear, down: nn.Linear, linear: nn.Linear, gain: float = 1.0
     down.bias.zero_()
 
 
+@torch.no_grad()
+def _unmirror(up: nn.Linear, down: nn.Linear | None) -> nn.Linear | None:
+    """The layer that `_mirror` was given, if nothing changed since; with `down` None, `up` alone is asked."""
+    size = up.out_features // 2
+    weight, bias = up.weight[:size], up.bias[:size]
+    if not torch.equal(weight, -up.weight[size:]) or not torch.equal(bias, -up.bias[size:]):
+        return None
+    if down is not None:
+        identity = torch.eye(size, dtype=down.weight.dtype, device=down.weight.device)
+        mirrored = down.weight[0, 0] * torch.cat([identity, -identity], dim=1)
+        if not torch.equal(down.weight, mirrored) or bool(down.bias.any()):
+            return None
+    linear = nn.Linear(up.in_features, size, device=weight.device, dtype=weight.dtype)
+    linear.weight.copy_(weight)
+    linear.bias.copy_(bias)
+    return linear
+
+
 @dataclass(frozen=True)
 class NeuralOptions:
     preset: str = option(
@@ -106,6 +124,7 @@ class Neural(ProjectVariant):
         init_paper(module)
         return module
 
+    @torch.no_grad()
     def preserve(self, module: nn.Module, linear: nn.Linear, options: NeuralOptions) -> None:
         """Exact without LayerNorm. With it, LN([z; -z]) = [z; -z] / rms(z): the direction of z is kept, and its
         length replaced by the one it has on average when the inputs have unit variance. Calibration does better.
@@ -120,11 +139,20 @@ class Neural(ProjectVariant):
             gain = float(energy.mean().sqrt())
         _mirror(module.up, module.down, linear, gain)
         if options.noise > 0:
-            with torch.no_grad():
-                module.up.weight.add_(torch.randn_like(module.up.weight), alpha=options.noise)
+            module.up.weight.add_(torch.randn_like(module.up.weight), alpha=options.noise)
 
     def preserves(self, options: NeuralOptions) -> bool:
         return options.preset == "roberta" and options.noise == 0
+
+    def recover(self, module: nn.Module, options: NeuralOptions, init: str) -> nn.Linear | None:
+        if not isinstance(module, NeuralProjection):
+            return None
+        norm = module.norm
+        if norm is not None and (not bool((norm.weight == 1).all()) or bool(norm.bias.any())):
+            return None
+        # Calibration fits `down` and leaves `up` as it was; training breaks the mirror of `up`, as each half
+        # sees other inputs through the ReLU.
+        return _unmirror(module.up, None if init == "calibrate" else module.down)
 
     def features(self, module: nn.Module, inputs: Tensor) -> Tensor:
         return module.features(inputs)  # type: ignore[operator]
@@ -187,6 +215,13 @@ class Linear(ProjectVariant):
 
     def preserves(self, options: LinearOptions) -> bool:
         return True
+
+    def recover(self, module: nn.Module, options: LinearOptions, init: str) -> nn.Linear | None:
+        # Whether a single linear layer was trained cannot be seen. Without a ReLU the halves of `up` stay mirrored
+        # in training, but not so `down`.
+        if not isinstance(module, LinearPair) or module.down.weight[0, 0].item() != 0.5:
+            return None
+        return _unmirror(module.up, module.down)
 
     def flops(self, options: Any, site: Site, tokens: int) -> int:
         if options.form == "reinit":
