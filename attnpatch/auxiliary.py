@@ -14,6 +14,10 @@ from attnpatch.pipeline import AttentionPipeline, pipeline_of
 _HOOKS = "_attnpatch_hooks"
 _PARAMETERS = "_attnpatch_parameters"
 _COUNTS_ITEMS = "_attnpatch_counts_items"
+_NO_DATA_PARALLEL = (
+    "a regularised model cannot train under torch.nn.DataParallel, whose replicas would share one loss: launch one "
+    "process for each GPU (accelerate launch, torchrun)"
+)
 _LABELS = ("labels", "next_sentence_label", "start_positions")
 
 
@@ -29,6 +33,8 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     Returns:
         A scalar; zero when nothing regularises or the last forward pass was in evaluation mode.
     """
+    if isinstance(model, nn.DataParallel):
+        raise PatchError(_NO_DATA_PARALLEL)
     total: Tensor | None = None
     for pipeline in _pipelines(model):
         loss = pipeline.slot.loss
@@ -37,6 +43,11 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     if total is None:
         parameter = next(model.parameters(), None)
         return torch.zeros((), device=parameter.device if parameter is not None else None)
+    if model.training and torch.is_grad_enabled() and not total.requires_grad and _trains_attention(model):
+        raise PatchError(
+            "the regularisation loss lost its gradient: reentrant gradient checkpointing runs the layers without one. "
+            "Use gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
     return total
 
 
@@ -51,6 +62,11 @@ def install_loss_hooks(model: nn.Module) -> None:
         model.register_forward_pre_hook(_before_forward, with_kwargs=True),
         model.register_forward_hook(_after_forward, with_kwargs=True),
     ]
+
+
+def has_loss_hooks(model: Any) -> bool:
+    """Whether calling `model` adds an auxiliary loss."""
+    return _HOOKS in getattr(model, "__dict__", {})
 
 
 def remove_loss_hooks(model: nn.Module) -> None:
@@ -73,6 +89,8 @@ def _pipelines(model: nn.Module) -> list[AttentionPipeline]:
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Empty the slots (layer drop may skip a layer), and tell decoder sites which target tokens are padding:
     Marian's training gives the decoder no mask, as causality hides right padding from the stock attention."""
+    if getattr(model, "_is_replica", False) and model.training:
+        raise PatchError(_NO_DATA_PARALLEL)
     target_valid = _target_valid(model, args, kwargs)
     for pipeline in _pipelines(model):
         pipeline.slot.loss = None
@@ -89,7 +107,10 @@ def _target_valid(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return mask.bool() if mask.dim() == 2 else None
     labels, ids = given.get("labels"), given.get("decoder_input_ids")
     if labels is not None and labels.dim() == 2:
-        return labels != -100
+        # Some collators pad labels with the padding token.
+        pad = getattr(model.config, "pad_token_id", None)
+        valid = labels != -100
+        return valid if pad is None else valid & (labels != pad)
     pad = getattr(model.config, "pad_token_id", None)
     if ids is None or pad is None:
         return None
@@ -114,11 +135,6 @@ def _after_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     extra = auxiliary_loss(model)
     if model.__dict__.get(_COUNTS_ITEMS):
         extra = extra * _share_of_items(model, given)
-    if torch.is_grad_enabled() and loss.requires_grad and not extra.requires_grad and _trains_attention(model):
-        raise PatchError(
-            "the alignment loss lost its gradient: reentrant gradient checkpointing runs the layers without one. "
-            "Use gradient_checkpointing_kwargs={'use_reentrant': False}"
-        )
     loss = loss + extra.to(loss.device)
     if is_tuple:
         return (loss, *output[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,25 @@ if TYPE_CHECKING:
 
 RIDGE = 1e-6
 """Ridge strength, relative to the mean squared feature."""
+
+
+@dataclass(frozen=True)
+class CalibrationPair:
+    """A stock layer, its replacement, the variant that made it, and where it is: kind of site and role."""
+
+    stock: nn.Linear
+    new: nn.Module
+    variant: ProjectVariant
+    site: str
+    role: str
+
+
+def _mask_name(pair: CalibrationPair, batch: Mapping[str, Any]) -> str:
+    """Which of a forward pass's masks belongs to what the layer reads."""
+    reads_source = pair.site == "cross" and pair.role in ("key", "value")
+    if "decoder_input_ids" in batch or "decoder_attention_mask" in batch:
+        return "attention_mask" if pair.site == "encoder" or reads_source else "decoder_attention_mask"
+    return "encoder_attention_mask" if reads_source else "attention_mask"
 
 
 class _Normal:
@@ -55,18 +75,18 @@ class _Normal:
 @torch.no_grad()
 def calibrate_projections(
     model: nn.Module,
-    pairs: Mapping[str, tuple[nn.Linear, nn.Module, ProjectVariant]],
+    pairs: Mapping[str, CalibrationPair],
     batches: Iterable[Mapping[str, Any]],
     ridge: float = RIDGE,
 ) -> dict[str, float]:
     """Ridge regression of each new projection's last layer onto what its stock layer outputs.
 
-    The stock model runs over `batches`; padding that an `attention_mask` of the projection's length marks is
-    left out. All layers are fitted at once, on the stock model's own activations.
+    The stock model runs over `batches`; what the mask of a projection's own side marks as padding is left out. All
+    layers are fitted at once, on the stock model's own activations.
 
     Args:
         model: the stock model, with the layers of `pairs` still in place.
-        pairs: path -> (stock layer, its replacement, the variant that made it).
+        pairs: by path.
         batches: keyword arguments for the model's forward pass.
         ridge: relative to the mean squared feature.
 
@@ -77,19 +97,19 @@ def calibrate_projections(
         SpecError: no data, or fewer rows than features.
     """
     sums = {path: _Normal() for path in pairs}
-    masks: list[Tensor] = []
+    current: dict[str, Any] = {}
 
     def watch(path: str) -> Any:
-        linear, new, variant = pairs[path]
+        pair = pairs[path]
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             inputs, targets = args[0], output
-            keep = next((m for m in masks if m.shape == inputs.shape[:2]), None)
+            keep = current.get(_mask_name(pair, current))
             rows = inputs[keep.bool()] if keep is not None else inputs.flatten(0, -2)
             wanted = targets[keep.bool()] if keep is not None else targets.flatten(0, -2)
-            sums[path].add(variant.features(new, rows), wanted)
+            sums[path].add(pair.variant.features(pair.new, rows), wanted)
 
-        return linear.register_forward_hook(hook)
+        return pair.stock.register_forward_hook(hook)
 
     handles = [watch(path) for path in pairs]
     was_training = model.training
@@ -97,7 +117,8 @@ def calibrate_projections(
     count = 0
     try:
         for batch in batches:
-            masks[:] = [batch[k] for k in ("attention_mask", "decoder_attention_mask") if batch.get(k) is not None]
+            current.clear()
+            current.update(batch)
             model(**batch)
             count += 1
     finally:
@@ -107,8 +128,8 @@ def calibrate_projections(
     if not count:
         raise SpecError("the calibration data is empty")
     errors = {}
-    for path, (_, new, variant) in pairs.items():
-        last = variant.last_linear(new)
+    for path, pair in pairs.items():
+        last = pair.variant.last_linear(pair.new)
         if sums[path].rows < last.in_features:
             raise SpecError(
                 f"calibration needs at least {last.in_features} tokens for {path}, but the data has "

@@ -16,8 +16,8 @@ MAX_LINES = 4096
 """Lines that are read at most: the fit is of one layer at a time, and more text changes it little."""
 
 
-def read_lines(path: str | Path, limit: int = MAX_LINES) -> list[str]:
-    """The first lines of a UTF-8 text file that are not empty.
+def read_lines(path: str | Path) -> list[str]:
+    """All lines of a UTF-8 text file, stripped; empty ones stay, as the other side's lines are counted, too.
 
     Raises:
         SpecError: the file is missing, not UTF-8 (with the line), or has no text.
@@ -35,11 +35,8 @@ def read_lines(path: str | Path, limit: int = MAX_LINES) -> list[str]:
             text = line.decode("utf-8").strip()
         except UnicodeDecodeError:
             raise SpecError(f"calibration text {path}, line {number}: not UTF-8") from None
-        if text:
-            lines.append(text)
-        if len(lines) == limit:
-            break
-    if not lines:
+        lines.append(text.removeprefix("\ufeff"))
+    if not any(lines):
         raise SpecError(f"calibration text {path} has no text")
     return lines
 
@@ -70,8 +67,11 @@ def text_batches(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
-        raise CheckpointError(f"{folder} has no tokenizer that can be loaded, which calibration needs: {error}") from error
-    pairs = sorted(zip(lines, targets, strict=True), key=lambda pair: len(pair[0]))
+        raise CheckpointError(f"{folder} has no usable tokenizer, which calibration needs: {error}") from error
+    filled = [pair for pair in zip(lines, targets, strict=True) if all(pair)][:MAX_LINES]
+    if not filled:
+        raise SpecError(f"calibration text {text} and its target {target} have no line in common that is not empty")
+    pairs = sorted(filled, key=lambda pair: len(pair[0]))
     longest = min(MAX_LENGTH, int(getattr(model.config, "max_position_embeddings", MAX_LENGTH)) - 2)
     batches = []
     for at in range(0, len(pairs), BATCH):

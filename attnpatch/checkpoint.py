@@ -118,7 +118,7 @@ class CheckpointInfo:
         for row in self.sites:
             stages = ", ".join(f"{stage}: {variant}" for stage, variant in row["stages"].items()) or "stock"
             lines.append(f"  {row['path']} ({row['site']}): {stages}")
-        lines += [f"{name}: {about['bytes']:,} bytes, checksum {about['checksum']}" for name, about in self.files.items()]
+        lines += [f"{name}: {f['bytes']:,} bytes, checksum {f['checksum']}" for name, f in self.files.items()]
         return "\n".join(lines)
 
 
@@ -328,9 +328,9 @@ def revert(
 ) -> RevertReport:
     """Write the stock checkpoint that a patched one came from.
 
-    Parameters of variants are left out, and every other tensor is copied byte for byte. Replaced projections are read off
-    the patched ones where those still show them: after `convert` with "preserve" or "calibrate", without training
-    of them. Otherwise they are taken from `source`.
+    Parameters of variants are left out, and every other tensor is copied byte for byte. Replaced projections are
+    read off the patched ones where those still show them: after `convert` with "preserve" or "calibrate", without
+    training of them. Otherwise they are taken from `source`.
 
     Args:
         src: a patched checkpoint. dst: the folder to write.
@@ -469,8 +469,9 @@ def model_class(config: Mapping[str, Any]) -> Any:
         cls = getattr(transformers, str(names[0]), None)
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls
-        known = [n for n in dir(transformers) if n.lower().startswith(str(config["model_type"]).lower())]
-        raise UnsupportedModelError(f"config.json: {unknown('architecture', names[0], [n for n in known if 'For' in n])}")
+        prefix = str(config["model_type"]).lower()
+        known = [n for n in dir(transformers) if n.lower().startswith(prefix) and "For" in n]
+        raise UnsupportedModelError(f"config.json: {unknown('architecture', names[0], known)}")
     defaults = AutoConfig.for_model(str(config["model_type"]))
     return AutoModel._model_mapping[type(defaults)]
 
@@ -533,7 +534,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> tupl
         notes.append("the checkpoint has no pooler; the copy has none either")
     ignored = sorted(info["unexpected_keys"])
     if ignored:
-        notes.append(f"{len(ignored)} tensors that {cls.__name__} has no place for stay as they are ({ignored[0]}, ...)")
+        notes.append(f"{len(ignored)} tensors without a place in {cls.__name__} stay as they are ({ignored[0]}, ...)")
     return model.eval(), notes
 
 
@@ -722,8 +723,8 @@ def _describe_files(checkpoint: Checkpoint, checksums: bool) -> dict[str, dict[s
         if shard in recorded:
             state = "not checked"
             if checksums:
-                changed = files.changed_tensors(replace(checkpoint.weights, shards=(shard,)), {"files": {shard: recorded[shard]}})
-                state = "changed" if changed else "ok"
+                only = replace(checkpoint.weights, shards=(shard,))
+                state = "changed" if files.changed_tensors(only, {"files": {shard: recorded[shard]}}) else "ok"
         described[shard] = {"bytes": sum(e.nbytes for e in held), "tensors": len(held), "checksum": state}
     return described
 
@@ -778,8 +779,8 @@ def _gone(checkpoint: Checkpoint, variant: str, path: str) -> str:
     source = (checkpoint.record or {}).get("source")
     where = f"they are in {source}, which it was converted from" if source else "they are in the one it came from"
     return (
-        f"{checkpoint.folder}: the stock projections that {variant!r} replaced are gone from this checkpoint and cannot be "
-        f"computed from it ({path} was trained, or not made to be recovered); {where}. Give that checkpoint: "
+        f"{checkpoint.folder}: the stock projections that {variant!r} replaced are gone from this checkpoint and "
+        f"cannot be computed from it ({path} was trained, or not made to be recovered); {where}. Give that checkpoint: "
         "revert(..., source=...), or --source"
     )
 
@@ -819,9 +820,7 @@ def _matches(tensor: torch.Tensor, record: Mapping[str, Any]) -> bool:
     return entry.dtype == record["dtype"] and list(entry.shape) == record["shape"] and entry.crc32() == record["crc32"]
 
 
-def _fetch(
-    checkpoint: Checkpoint, origin: Checkpoint, layer: Any, path: str, names: _Names
-) -> dict[str, torch.Tensor]:
+def _fetch(checkpoint: Checkpoint, origin: Checkpoint, layer: Any, path: str, names: _Names) -> dict[str, torch.Tensor]:
     """The stock tensors of one projection from the checkpoint that a conversion started from."""
     recorded = (checkpoint.manifest or {}).get("stock", {})
     tensors = {}
@@ -829,7 +828,8 @@ def _fetch(
         key = f"{path}.{name}"
         entry = next((origin.weights.entries[f] for f in names.forms(key) if f in origin.weights.entries), None)
         if entry is None or tuple(entry.shape) != tuple(getattr(layer, name).shape):
-            raise CheckpointError(f"{origin.name} has no {key} of the shape {list(getattr(layer, name).shape)}: a wrong source")
+            shape = list(getattr(layer, name).shape)
+            raise CheckpointError(f"{origin.name} has no {key} of the shape {shape}: a wrong source")
         tensor = entry.tensor()
         if key in recorded and not _matches(tensor, recorded[key]):
             raise CheckpointError(

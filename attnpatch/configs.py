@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
+from attnpatch.errors import SpecError
 from attnpatch.registry import family_for_model_type
 from attnpatch.spec import AttentionSpec
 
@@ -30,6 +31,11 @@ def patch_config(config: C, spec: Any, layers: Any = None, sites: Any = None, in
     result = copy.deepcopy(config)
     if not parsed:
         return result
+    if parsed.init == "calibrate":
+        raise SpecError(
+            "a config cannot hold the text that init='calibrate' needs: use attnpatch.convert(..., "
+            "calibration_text=...), or attnpatch.patch(model, ..., calibration=...)"
+        )
     had: Any = getattr(config, "attnpatch", None)
     if had:
         parsed = AttentionSpec.parse(AttentionSpec.from_dict(had).merged(parsed))

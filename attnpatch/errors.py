@@ -45,4 +45,4 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     names = sorted(known)
     guess = nearest(str(name), names)
     hint = f" did you mean {guess!r}?" if guess else ""
-    return f"unknown {kind} {str(name)!r};{hint} Known: {', '.join(names)}"
+    return f"unknown {kind} {str(name)!r}{';' + hint if hint else '.'} Known: {', '.join(names)}"

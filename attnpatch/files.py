@@ -15,6 +15,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ CARD = "README.md"
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
-CHUNK = 1 << 24
+CHUNK = 1 << 22
 
 # In the order in which the safetensors library sorts them; its files hold the last ones first.
 DTYPES: dict[str, torch.dtype] = {
@@ -74,7 +75,10 @@ _NOT_COPIED = {CONFIG, CARD, MANIFEST, SAFE_INDEX, OLD_INDEX, "adapter_config.js
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint: its name, dtype (as safetensors writes it), shape, file name, and its bytes."""
+    """One tensor of a checkpoint: its name, dtype (as safetensors writes it), shape, file name, and its bytes.
+
+    `chunks` gives the bytes piece by piece; a piece is good until the next one is asked for.
+    """
 
     name: str
     dtype: str
@@ -109,7 +113,8 @@ def entry_of(name: str, tensor: Tensor, shard: str) -> Entry:
 
     def chunks() -> Iterator[Any]:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        raw = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+        data: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+        raw = memoryview(data)
         for at in range(0, len(raw), CHUNK):
             yield raw[at : at + CHUNK]
 
@@ -218,17 +223,19 @@ def _read_safetensors(path: Path, shard: str, seen: Any) -> tuple[dict[str, Entr
     return entries, metadata, zlib.crc32(raw)
 
 
-def _byte_range(path: Path, start: int, length: int) -> Callable[[], Iterator[bytes]]:
-    def chunks() -> Iterator[bytes]:
-        with path.open("rb") as file:
+def _byte_range(path: Path, start: int, length: int) -> Callable[[], Iterator[memoryview]]:
+    def chunks() -> Iterator[memoryview]:
+        # One buffer for all pieces: fresh memory for each would cost more than the copying.
+        buffer = memoryview(bytearray(min(CHUNK, length)))
+        with path.open("rb", buffering=0) as file:
             file.seek(start)
             left = length
             while left:
-                chunk = file.read(min(CHUNK, left))
-                if not chunk:
+                count = file.readinto(buffer[: min(CHUNK, left)])
+                if not count:
                     raise CheckpointError(f"{path} ends early: it changed while it was read")
-                left -= len(chunk)
-                yield chunk
+                left -= count
+                yield buffer[:count]
 
     return chunks
 
@@ -311,13 +318,15 @@ def write_weights(
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         raw += b" " * (-len(raw) % 8)
         crcs = {}
-        with (folder / name).open("wb") as file:
+        # The checksum of a piece is formed while it is written; both leave the interpreter free.
+        with (folder / name).open("wb") as file, ThreadPoolExecutor(1) as pool:
             file.write(struct.pack("<Q", len(raw)) + raw)
             for entry in held:
                 crc = 0
                 for chunk in entry.chunks():
+                    checksum = pool.submit(zlib.crc32, chunk, crc)
                     file.write(chunk)
-                    crc = zlib.crc32(chunk, crc)
+                    crc = checksum.result()
                     if progress is not None:
                         progress(len(chunk))
                 crcs[entry.name] = crc
@@ -469,7 +478,7 @@ def writing_aside(target: Path, needed: int = 0) -> Iterator[Path]:
             _remove_if_empty(folder)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
-                f"no space left while writing {target}; nothing was left behind. Free some space, or choose another disk"
+                f"no space left while writing {target}; nothing was left behind. Free some space first"
             ) from error
         raise
 

@@ -46,6 +46,10 @@ class ConfigView:
     def _attn_implementation(self) -> str:
         return IMPLEMENTATION
 
+    def shows(self, config: Any) -> bool:
+        """Whether this is a view of that very config."""
+        return self.__dict__["_config"] is config
+
     @property
     def backend(self) -> str:
         # The plain form, which torch.compile can trace.
@@ -247,11 +251,31 @@ def _extend_models(module: ModuleType) -> None:
     cls.from_pretrained = classmethod(from_pretrained)
 
 
+# --- PEFT -----------------------------------------------------------------------------------------------------
+
+
+def _extend_peft(module: ModuleType) -> None:
+    cls = module.BaseTuner
+    stock_forward = cls.forward
+
+    @functools.wraps(stock_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from attnpatch.auxiliary import has_loss_hooks
+
+        # PEFT before 0.21 calls the model's `forward`, past the hooks that add the auxiliary loss.
+        if has_loss_hooks(self.model):
+            return self.model(*args, **kwargs)
+        return stock_forward(self, *args, **kwargs)
+
+    cls.forward = forward
+
+
 # --- installation ---------------------------------------------------------------------------------------------
 
 _EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
     "transformers.configuration_utils": _extend_configs,
     "transformers.modeling_utils": _extend_models,
+    "peft.tuners.tuners_utils": _extend_peft,
 }
 _installed: set[str] = set()
 _lock = threading.RLock()

@@ -85,6 +85,7 @@ def _load_stock_and_patch(load: Callable[..., Any], config: Any, arguments: dict
     del stock.attnpatch
     with_info = arguments.pop("output_loading_info", False)
     model, info = load(config=stock, output_loading_info=True, **arguments)
+    _check_stock_keys(model, info)
     training = model.training
     patch(model, spec)
     model.train(training)
@@ -96,6 +97,34 @@ def _load_and_check(load: Callable[..., Any], config: Any, arguments: dict[str, 
     model, info = load(config=config, output_loading_info=True, **arguments)
     _check_keys(model, info)
     return (model, info) if with_info else model
+
+
+def _check_stock_keys(model: Any, info: dict[str, Any]) -> None:
+    """What is to be patched must have come from the checkpoint: new projections are made from it."""
+    from attnpatch.registry import find_sites
+
+    # Cross-attention may be new: an encoder's checkpoint that starts a decoder has none.
+    paths = [site.path + "." for site in find_sites(model) if site.kind != "cross"]
+    starts = _with_base(model, paths)
+    missing = _missing(info)
+    bad = sorted(key for key in (*missing, *info.get("unexpected_keys", ())) if key.startswith(starts))
+    if bad:
+        raise CheckpointError(
+            f"the checkpoint has no config.json with a spec, and its attention weights are not the stock ones "
+            f"({_some(bad)}): they would be random or lost"
+        )
+
+
+def _missing(info: dict[str, Any]) -> list[str]:
+    """Keys whose parameters did not come from the checkpoint: absent ones, and those of another shape."""
+    mismatched = [key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ())]
+    return [*info.get("missing_keys", ()), *mismatched]
+
+
+def _with_base(model: Any, paths: list[str]) -> tuple[str, ...]:
+    """Key prefixes: a checkpoint's may carry the base model's where the model's do not, or the other way round."""
+    base = getattr(model, "base_model_prefix", "")
+    return tuple(paths + [p.removeprefix(base + ".") for p in paths] + [f"{base}.{p}" for p in paths])
 
 
 def _check_keys(model: Any, info: dict[str, Any]) -> None:
@@ -110,14 +139,9 @@ def _check_keys(model: Any, info: dict[str, Any]) -> None:
         prefixes.append(site.path + ".")
         layers += re.findall(r"^.*?\.\d+\.", site.path)
         prefixes += [site.family.projection_path(site.path, role) + "." for role in site.family.projections]
-    base = getattr(model, "base_model_prefix", "")
-    # A checkpoint's keys may carry the base model's prefix where the model's do not, or the other way round.
-    def starts(paths: list[str]) -> tuple[str, ...]:
-        return tuple(paths + [p.removeprefix(base + ".") for p in paths] + [f"{base}.{p}" for p in paths])
-
     # What is missing may be anything in a patched model's layers; heads and poolers may be new.
-    missing = sorted(key for key in info.get("missing_keys", ()) if key.startswith(starts(prefixes + layers)))
-    unexpected = sorted(key for key in info.get("unexpected_keys", ()) if key.startswith(starts(prefixes)))
+    missing = sorted(key for key in _missing(info) if key.startswith(_with_base(model, prefixes + layers)))
+    unexpected = sorted(key for key in info.get("unexpected_keys", ()) if key.startswith(_with_base(model, prefixes)))
     if not missing and not unexpected:
         return
     parts = []

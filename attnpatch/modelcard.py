@@ -82,8 +82,8 @@ def model_card(
         "",
         f"# {source} with `{'+'.join(names)}` attention",
         "",
-        f"This is `{source}` with its attention changed by attnpatch. All weights that the spec does not replace are the "
-        "source's, byte for byte.",
+        f"This is `{source}` with its attention changed by attnpatch. All weights that the spec does not replace "
+        "are the source's, byte for byte.",
         "",
         "| | |",
         "|---|---|",
@@ -103,8 +103,8 @@ def model_card(
         f'model = {auto}.from_pretrained("path/to/this/checkpoint")',
         "```",
         "",
-        "`attnpatch inspect` lists what is patched, `attnpatch verify` checks it, and `attnpatch revert` gives the stock "
-        "checkpoint back.",
+        "`attnpatch inspect` lists what is patched, `attnpatch verify` checks it, and `attnpatch revert` gives the "
+        "stock checkpoint back.",
         "",
     ]
     return "\n".join(lines)

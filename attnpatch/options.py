@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -100,6 +101,8 @@ def _check(value: Any, metadata: Mapping[str, Any], where: str) -> None:
     # Choices restrict text only: an option may be "a named choice, or a number".
     if choices and isinstance(value, str) and value not in choices:
         raise SpecError(f"{where}: {unknown('value', value, choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SpecError(f"{where} is {value!r}; it must be finite")
     check = metadata.get("check")
     if check and value is not None and not isinstance(value, str) and not check(value):
         raise SpecError(f"{where} is {value!r}; the rule is: {metadata['rule']}")

@@ -13,16 +13,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from attnpatch.auxiliary import install_loss_hooks, remove_loss_hooks
-from attnpatch.calibrate import calibrate_projections
+from attnpatch.calibrate import CalibrationPair, calibrate_projections
 from attnpatch.errors import PatchError, SpecError, UnsupportedModelError, unknown
 from attnpatch.families.base import Site
-from attnpatch.integration import route_through_pipeline
+from attnpatch.integration import ConfigView, install, route_through_pipeline
 from attnpatch.methods.base import ProjectVariant, StageVariant, Variant
 from attnpatch.pipeline import CORE_STAGES, AttentionPipeline, pipeline_of
 from attnpatch.registry import find_sites, get_variant
 from attnpatch.report import Change, PatchReport
 from attnpatch.spec import AttentionSpec
 from attnpatch.stages import STAGES
+
+# transformers is loaded for certain now; in a threaded start it may have been half-way when attnpatch was imported.
+install()
 
 REPORT_TOKENS = 128
 """Sequence length for which a report gives FLOPs."""
@@ -74,7 +77,8 @@ def patch(
         layers, sites: restrict the spec's rules that name none.
         init: "preserve" (default), "paper" or "calibrate".
         calibration: for "calibrate": batches of keyword arguments for the model's forward pass.
-        keep_stock: keep the replaced layers, which `unpatch` needs (the memory of the projections).
+        keep_stock: keep the replaced layers, which `unpatch` needs (the memory of the projections). Without them, a
+            model whose patch failed half-way cannot be put back.
 
     Returns:
         A report of each module touched.
@@ -107,9 +111,11 @@ def patch(
             changes += made
         _record(inner, parsed)
     except BaseException:
-        for module, undo in reversed(undone):
-            _revert(module, undo)
+        if keep_stock:
+            for module, undo in reversed(undone):
+                _revert(module, undo)
         raise
+    _protect(inner, undone)
     install_loss_hooks(inner)
     exact = parsed.init != "paper" and all(_preserves(p) for p in plan)
     notes += _init_notes(plan, parsed.init)
@@ -153,8 +159,8 @@ def unpatch(model: nn.Module, stages: Iterable[str] | None = None) -> None:
             adapter = next((m for m in inside if type(m).__module__.startswith("peft.")), None)
             if adapter is not None:
                 raise PatchError(
-                    f"the projections of {undo.variant!r} hold adapters ({type(adapter).__name__} of PEFT), which would "
-                    "be lost: merge_and_unload() them first, or undo only other stages: unpatch(model, stages=[...])"
+                    f"the projections of {undo.variant!r} hold adapters ({type(adapter).__name__} of PEFT), which "
+                    "would be lost: merge_and_unload() them first, or unpatch(model, stages=[...]) other stages"
                 )
     for module, undo in reversed(todo):
         _revert(module, undo)
@@ -181,8 +187,7 @@ def patched(
     inner = _unwrap(model)
     # The objects and not their ids, which a new object could get once an old one is gone.
     known = [undo for module in inner.modules() for undo in _undo_list(module)]
-    config = getattr(inner, "config", None)
-    had = copy.deepcopy(getattr(config, "attnpatch", None))
+    had = copy.deepcopy(getattr(getattr(inner, "config", None), "attnpatch", None))
     report = patch(model, spec, layers, sites, init, calibration=calibration)
     try:
         yield report
@@ -191,7 +196,8 @@ def patched(
             for undo in reversed(_undo_list(module)):
                 if not any(undo is other for other in known):
                     _revert(module, undo)
-        _set_record(config, had)
+        # The config may be another object than before: the first patch of a model gives it its own.
+        _set_record(getattr(inner, "config", None), had)
         remove_loss_hooks(inner)
         if any(_undo_list(module) for module in inner.modules()):
             install_loss_hooks(inner)
@@ -375,16 +381,19 @@ def _apply_projection(
     if not isinstance(variant, ProjectVariant):
         raise TypeError(f"{variant.name} is no variant of project")
     flops = variant.flops(options, site, REPORT_TOKENS)
-    undo = _Undo(variant.stage, variant.name, [])
-    changes = []
+    # All are made before the first is put in place: running out of memory then leaves the module as it was.
+    made = []
     for role in variant.roles(options):
         path = site.family.projection_path(site.path, role)
-        holder_path, _, attribute = path.rpartition(".")
-        holder = model.get_submodule(holder_path)
-        linear = holder.get_submodule(attribute)
+        linear = model.get_submodule(path)
         if not isinstance(linear, nn.Linear):
             raise UnsupportedModelError(f"{path} is no linear layer")
-        new = replacements.get(path) or new_projection(variant, linear, options, init)
+        made.append((path, linear, replacements.get(path) or new_projection(variant, linear, options, init)))
+    undo = _Undo(variant.stage, variant.name, [])
+    changes = []
+    for path, linear, new in made:
+        holder_path, _, attribute = path.rpartition(".")
+        holder = model.get_submodule(holder_path)
         new.train(holder.training)
         setattr(holder, attribute, new)
         undo.projections.append((holder, attribute, linear if keep_stock else None))
@@ -410,7 +419,8 @@ def new_projection(variant: ProjectVariant, linear: nn.Linear, options: Any, ini
     """A projection in the place of `linear`, on its device and in its dtype."""
     weight = linear.weight
     with torch.device(weight.device):
-        new = variant.build(options, linear.in_features, linear.out_features)
+        build = variant.build if init == "paper" else variant.build_for_preserve
+        new = build(options, linear.in_features, linear.out_features)
     new = new.to(dtype=weight.dtype)
     if init != "paper" and weight.device.type != "meta":
         variant.preserve(new, linear, options)
@@ -480,7 +490,7 @@ def _calibrated(
     notes: list[str],
 ) -> dict[str, nn.Module]:
     """New projections, by path, whose last layer is fitted on the stock model's activations."""
-    pairs: dict[str, tuple[nn.Linear, nn.Module, ProjectVariant]] = {}
+    pairs: dict[str, CalibrationPair] = {}
     for planned in plan:
         if not isinstance(planned.variant, ProjectVariant):
             continue
@@ -489,7 +499,7 @@ def _calibrated(
             linear = model.get_submodule(path)
             if isinstance(linear, nn.Linear):
                 new = new_projection(planned.variant, linear, planned.options, "preserve")
-                pairs[path] = (linear, new, planned.variant)
+                pairs[path] = CalibrationPair(linear, new, planned.variant, planned.site.kind, role)
     if not pairs:
         raise SpecError("init='calibrate' fits projections, and the spec replaces none; use init='preserve'")
     errors = calibrate_projections(model, pairs, calibration)
@@ -498,7 +508,7 @@ def _calibrated(
         f"calibrated {len(errors)} projections; relative error on the calibration data: "
         f"worst {errors[worst]:.2e} ({worst}), mean {sum(errors.values()) / len(errors):.2e}"
     )
-    return {path: new for path, (_, new, _) in pairs.items()}
+    return {path: pair.new for path, pair in pairs.items()}
 
 
 def _preserves(planned: _Planned) -> bool:
@@ -518,10 +528,37 @@ def _init_notes(plan: Sequence[_Planned], init: str) -> list[str]:
     ]
 
 
+def _protect(model: nn.Module, undone: Sequence[tuple[nn.Module, _Undo]]) -> None:
+    """Mark what a patch added as initialised: a model that takes this one as a part would draw it anew."""
+    for module, undo in undone:
+        added = [holder.get_submodule(attribute) for holder, attribute, _ in undo.projections]
+        pipeline = pipeline_of(module)
+        if pipeline is not None and undo.stage in CORE_STAGES:
+            added.append(pipeline)
+        for part in (inner for new in added for inner in new.modules()):
+            part._is_hf_initialized = True  # type: ignore[assignment]
+            for parameter in part.parameters(recurse=False):
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def _own_config(model: nn.Module) -> None:
+    """Give the model a config of its own: models that are built later from the caller's must stay stock."""
+    old: Any = model.config
+    new = copy.deepcopy(old)
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if config is old:
+            module.__dict__["config"] = new
+        elif isinstance(config, ConfigView) and config.shows(old):
+            module.__dict__["config"] = ConfigView(new)
+
+
 def _record(model: nn.Module, spec: AttentionSpec) -> None:
-    config = getattr(model, "config", None)
-    if config is None or not spec:
+    if not spec:
         return
+    if not getattr(model.config, "attnpatch", None):
+        _own_config(model)
+    config: Any = model.config
     had = getattr(config, "attnpatch", None)
     merged = AttentionSpec.from_dict(had).merged(spec) if had else spec
     record = merged.to_dict()

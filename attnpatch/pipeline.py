@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnpatch.errors import PatchError
+from attnpatch.kernels.query_value import differs_by_query
+from attnpatch.kernels.score import EXCLUDED
 from attnpatch.stages.aggregate import AggregateStage, WeightedSum
 from attnpatch.stages.regularise import LossSlot, RegulariseStage
 from attnpatch.stages.score import ScoreStage, SoftmaxScore
@@ -80,6 +82,11 @@ class AttentionPipeline(nn.Module):
         stock_tail = type(self.select) is SelectAll and type(self.aggregate) is WeightedSum
         if stock_tail and not need_weights:
             return self.score.attend(query, key, value, attn_mask, dropout_p, is_causal, scale), None
+        if self.aggregate.bidirectional and (is_causal or (attn_mask is not None and differs_by_query(attn_mask))):
+            raise PatchError(
+                f"{self.aggregate} mixes all queries, and this mask shows some of them less than others: what it hides "
+                "would leak. Use query_value.gate='pairwise'"
+            )
         weights = self.score.weights(query, key, attn_mask, is_causal, scale)
         weights = self.select(weights, value)
         # As in transformers, the weights that are returned are those that were used, dropout included.
@@ -97,7 +104,7 @@ def valid_keys(attn_mask: Tensor | None, batch: int) -> Tensor | None:
     """Keys that some query may see, [B, S]: what is left out everywhere is padding. None when all are seen."""
     if attn_mask is None:
         return None
-    seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min / 2
+    seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > EXCLUDED
     return seen.any(dim=2).any(dim=1).expand(batch, -1)
 
 

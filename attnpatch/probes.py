@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attnpatch.registry import find_sites
 
 LENGTH = 12
-"""Tokens of the longest probe sequence."""
+"""Tokens of the longest probe sequence: few, as conversion should cost little over copying."""
 
 _OUTPUTS = (
     "logits",
@@ -98,7 +98,7 @@ def make_probe(model: Any, seed: int = 0, length: int = LENGTH, batch: int = 2) 
 
 def random_tokens(config: Any, shape: tuple[int, ...], size: int, generator: torch.Generator) -> Tensor:
     """Token ids [shape] below `size` that are no special tokens, as far as the config names them."""
-    special = set()
+    special: set[Any] = set()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_eos_token_id"):
         value = getattr(config, name, None)
         special.update(value if isinstance(value, (list, tuple)) else [value])

@@ -154,7 +154,7 @@ class AttentionSpec:
             return cls._parse_file(Path(text))
         if any(mark in text for mark in ":{[\n"):
             return cls._parse(_load_yaml(text, "spec text"))
-        return cls((_make_rule({name.strip(): {} for name in _split_names(text)}, None, None),))
+        return cls((_rule_from_mapping({"variant": text}),))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AttentionSpec:
@@ -182,6 +182,9 @@ class AttentionSpec:
         for rule in rules:
             if not isinstance(rule, Mapping) or not isinstance(rule.get("variants"), Mapping):
                 raise SpecError(f"a rule of the spec is {rule!r}; it must map 'variants' to names with options")
+            for key in rule:
+                if key not in ("variants", "layers", "sites"):
+                    raise SpecError(f"a rule of the spec: {unknown('key', key, ('variants', 'layers', 'sites'))}")
             made.append(_make_rule(rule["variants"], parse_layers(rule.get("layers")), parse_sites(rule.get("sites"))))
         return cls(tuple(made), parse_init(data.get("init", "preserve")))
 
@@ -254,7 +257,10 @@ def _meet(a: tuple[Any, ...] | None, b: tuple[Any, ...] | None) -> bool:
 def _split_names(text: Any) -> list[str]:
     if not isinstance(text, str):
         raise SpecError(f"a variant is given by name, such as 'neural+expressive', not {text!r}")
-    return [part.strip() for part in text.split("+")]
+    names = [part.strip() for part in text.split("+")]
+    if not all(names):
+        raise SpecError(f"{text!r} has an empty name beside a '+'; write it as in 'neural+expressive'")
+    return names
 
 
 def _load_yaml(text: str, what: str) -> Any:
@@ -271,7 +277,7 @@ def _rule_from_mapping(data: Mapping[str, Any]) -> Rule:
         for key in data:
             if key not in known:
                 raise SpecError(f"spec: {unknown('key', key, known)}")
-        options = data.get("options") or {}
+        options = {} if data.get("options") is None else data["options"]
         names = _split_names(data["variant"])
         if not isinstance(options, Mapping):
             raise SpecError(f"the spec's options are {options!r}; they map a variant's name to its options")
@@ -280,8 +286,9 @@ def _rule_from_mapping(data: Mapping[str, Any]) -> Rule:
                 raise SpecError(f"options were given for a variant that the spec lacks: {unknown('name', key, names)}")
         if len(set(names)) != len(names):
             raise SpecError(f"{data['variant']!r} names a variant twice")
-        return _make_rule({name: options.get(name) or {} for name in names}, layers, sites)
-    return _make_rule({k: v or {} for k, v in data.items() if k not in ("layers", "sites")}, layers, sites)
+        return _make_rule({name: {} if options.get(name) is None else options[name] for name in names}, layers, sites)
+    named = {k: {} if v is None else v for k, v in data.items() if k not in ("layers", "sites")}
+    return _make_rule(named, layers, sites)
 
 
 def _make_rule(
@@ -340,7 +347,7 @@ def parse_layers(layers: Any) -> tuple[int, ...] | None:
             numbers.add(part)
             continue
         first, dash, last = str(part).partition("-")
-        if not first.strip().isdigit() or (dash and not last.strip().isdigit()):
+        if not _is_number(first) or (dash and not _is_number(last)):
             raise SpecError(f"layers has {part!r}; {form}")
         low, high = int(first), int(last) if dash else int(first)
         if high < low:
@@ -349,6 +356,12 @@ def parse_layers(layers: Any) -> tuple[int, ...] | None:
     if not numbers:
         raise SpecError(f"layers is empty; {form}")
     return tuple(sorted(numbers))
+
+
+def _is_number(text: str) -> bool:
+    """A layer number as people write it; no model has 10,000 layers."""
+    text = text.strip()
+    return text.isascii() and text.isdecimal() and len(text) <= 4
 
 
 def parse_sites(sites: Any) -> tuple[str, ...] | None:

@@ -34,6 +34,8 @@ ROUNDING_LIMIT = 2e-5
 """For the same function on tensors of other shapes, whose sums are formed in another order; relative to the
 largest output, as an untrained model's logits may be large."""
 
+BEAMS = 3
+
 PASSED, FAILED, SKIPPED, MEASURED = "passed", "failed", "skipped", "measured"
 
 
@@ -258,52 +260,71 @@ def _causality(model: Any, seed: int) -> Iterator[Check]:
 
 
 def _generation(model: Any, seed: int) -> Iterator[Check]:
-    greedy, beam = "generation: cached logits against uncached", "generation: beams cached against uncached"
+    steps, beam = "generation: cached logits against uncached", "generation: beams cached against uncached"
     probe = make_probe(model, seed)
-    if not (model.can_generate() and probe.kind != "encoder" and type(model).__name__ != "BertForMaskedLM"):
-        for name in (greedy, beam):
+    if probe.kind == "encoder" or not model.can_generate():
+        for name in (steps, beam):
             yield Check(name, SKIPPED, detail=f"{type(model).__name__} does not generate")
         return
-    inputs = dict(probe.inputs)
-    inputs.pop("decoder_input_ids", None)
-    if probe.kind == "decoder":
-        # All of one length: left padding has a check of its own.
-        inputs["input_ids"] = inputs["input_ids"][:1].repeat(2, 1)
-        inputs["input_ids"][1] = inputs["input_ids"][0].flip(0)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    new = 6
-    settings: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-    # The checkpoint's own generation settings (a maximal length, say) must not meddle.
-    kept = model.generation_config.max_length
-    model.generation_config.max_length = None
-    try:
-        with torch.no_grad():
-            cached = model.generate(
-                **inputs, **settings, num_beams=1, use_cache=True, output_logits=True, return_dict_in_generate=True
-            )
-            step = torch.stack(cached.logits, dim=1).float()
-            full = _teacher_forced(model, probe, inputs, cached.sequences, new)
-            scale = max(1.0, float(full.abs().max()))
-            yield _bounded(greedy, float((step - full).abs().max()), ROUNDING_LIMIT * scale)
-            first, second = (
-                model.generate(**inputs, **settings, num_beams=3, use_cache=use_cache) for use_cache in (True, False)
-            )
-    finally:
-        model.generation_config.max_length = kept
+    with torch.no_grad():
+        cached, full = _logits_with_cache(model, probe)
+        limit = ROUNDING_LIMIT * max(1.0, float(full.abs().max()))
+        yield _bounded(steps, float((cached - full).abs().max()), limit, f"{full.shape[1]} tokens")
+        first, second = (_beams(model, probe, use_cache) for use_cache in (True, False))
     differ = float((first != second).any(dim=1).sum()) if first.shape == second.shape else float(len(first))
-    yield _bounded(beam, differ, 0.0, "sequences that differ, 3 beams")
+    yield _bounded(beam, differ, 0.0, f"sequences that differ, of {len(first)}, with {BEAMS} beams")
 
 
-def _teacher_forced(model: Any, probe: Probe, inputs: Mapping[str, Tensor], sequences: Tensor, new: int) -> Tensor:
-    """Logits of the generated tokens [B, new, V], from one pass over the whole sequences."""
-    given = dict(inputs)
+def _logits_with_cache(model: Any, probe: Probe) -> tuple[Tensor, Tensor]:
+    """Logits [B, T, V] of one sequence fed token by token after a prefix, and of the whole sequence at once."""
+    given = dict(probe.inputs)
+    key = "decoder_input_ids" if probe.kind == "seq2seq" else "input_ids"
+    ids = given.pop(key)
     if probe.kind == "seq2seq":
-        given["decoder_input_ids"] = sequences[:, :-1]
+        # The encoder runs once, as in generation.
+        encoder = model.get_encoder()
+        given["encoder_outputs"] = encoder(given.pop("input_ids"), attention_mask=given["attention_mask"])
     else:
-        given["input_ids"] = sequences[:, :-1]
-        given["attention_mask"] = torch.ones_like(given["input_ids"])
-    logits: Tensor = model(**given, use_cache=False).logits
-    return logits[:, -new:].float()
+        # The same tokens without padding, which another check covers.
+        given.pop("attention_mask")
+        ids = torch.where(probe.valid, ids, ids[:1])
+    full = model(**given, **{key: ids}, use_cache=False).logits
+    prefix = ids.shape[1] // 2
+    result = model(**given, **{key: ids[:, :prefix]}, use_cache=True)
+    pieces = [result.logits]
+    for at in range(prefix, ids.shape[1]):
+        result = model(**given, **{key: ids[:, at : at + 1]}, past_key_values=result.past_key_values, use_cache=True)
+        pieces.append(result.logits)
+    return torch.cat(pieces, dim=1).float(), full.float()
+
+
+def _beams(model: Any, probe: Probe, use_cache: bool) -> Tensor:
+    inputs = {name: value for name, value in probe.inputs.items() if name != "decoder_input_ids"}
+    if probe.kind == "decoder":
+        # Without encoder states: generate() gives a lone decoder a cache that has no room for them.
+        inputs = {"input_ids": inputs["input_ids"][:1], "attention_mask": inputs["attention_mask"][:1]}
+    new = 5
+    # A generation config of nothing but this: the checkpoint's own settings must not meddle.
+    stock = model.generation_config
+    settings = type(stock)(
+        max_new_tokens=new,
+        min_new_tokens=new,
+        num_beams=BEAMS,
+        do_sample=False,
+        use_cache=use_cache,
+        pad_token_id=_pad(model),
+        eos_token_id=stock.eos_token_id,
+        bos_token_id=stock.bos_token_id,
+        decoder_start_token_id=stock.decoder_start_token_id,
+        # RoBERTa counts positions without padding, which a random model may well generate.
+        suppress_tokens=[_pad(model)],
+    )
+    model.generation_config = settings
+    try:
+        sequences: Tensor = model.generate(**inputs)
+    finally:
+        model.generation_config = stock
+    return sequences
 
 
 def _attentions(model: Any, seed: int) -> Iterator[Check]:
@@ -328,8 +349,8 @@ def _attentions(model: Any, seed: int) -> Iterator[Check]:
             return
         for site, weights in zip(wanted, given, strict=True):
             if weights.dim() != 4 or weights.shape[1] != site.num_heads:
-                shape = list(weights.shape)
-                yield Check(name, FAILED, detail=f"{key} of {site.path} is {shape}, not [batch, {site.num_heads}, T, S]")
+                detail = f"{key} of {site.path} is {list(weights.shape)}, not [batch, {site.num_heads}, T, S]"
+                yield Check(name, FAILED, detail=detail)
                 return
             rows = weights.float().sum(-1).transpose(1, 2)
             valid = probe.valid if kind != "encoder" else probe.inputs["attention_mask"].reshape(rows.shape[:2]).bool()
@@ -367,8 +388,8 @@ def _gradients(model: Any, seed: int) -> Iterator[Check]:
     if not new:
         yield Check(name, SKIPPED, detail="the spec adds no parameters")
         return
-    oracles = [p for p in map(pipeline_of, model.modules()) if getattr(getattr(p, "select", None), "selector", "") == "oracle"]
-    if oracles:
+    pipelines = [p for p in map(pipeline_of, model.modules()) if p is not None]
+    if any(getattr(p.select, "selector", None) == "oracle" for p in pipelines):
         yield Check(name, SKIPPED, detail="the oracle of value_aware is for inference and has no gradient, by design")
         return
     probe = make_probe(model, seed)
@@ -378,18 +399,18 @@ def _gradients(model: Any, seed: int) -> Iterator[Check]:
         outputs = [value for value in collect(result, None).values() if value.requires_grad]
         loss = sum((value * torch.randn_like(value)).sum() for value in outputs) + auxiliary_loss(model)
         loss.backward()
-        without = [key for key, p in new.items() if p.grad is None]
-        zero = [key for key, p in new.items() if p.grad is not None and not bool(p.grad.any()) and not _may_be_zero(key)]
-        odd = [key for key, p in new.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
-    bad = without + zero + odd
+        bad = [key for key, p in new.items() if not _is_sound(key, p.grad)]
     detail = f"{len(new)} tensors" if not bad else f"none, zero or not finite at {', '.join(bad[:3])}"
     yield _bounded(name, float(len(bad)), 0.0, detail)
 
 
-def _may_be_zero(key: str) -> bool:
-    """A bias that is added to every key alike moves all scores of a query by the same amount, which softmax takes
-    out again, and the critic of `alignment` is only ever compared with itself: zero is right for both."""
-    return key.endswith("bias")
+def _is_sound(key: str, gradient: Tensor | None) -> bool:
+    """There, finite, and not zero throughout; a bias may have zero: one that is added to every key alike moves all
+    scores of a query by the same amount, which softmax takes out again, and `alignment` compares its critic only
+    with itself."""
+    if gradient is None or not bool(gradient.isfinite().all()):
+        return False
+    return bool(gradient.any()) or key.endswith("bias")
 
 
 def _training_inputs(model: Any, probe: Probe) -> dict[str, Tensor]:

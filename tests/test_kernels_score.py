@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +16,6 @@ from torch import Tensor
 from attnpatch.kernels import score
 
 NORMALISED = ("expressive", "polynomial", "elu")
-
-
-@pytest.fixture
-def seed() -> int:
-    """A fresh seed every run, shown by pytest on failure; ATTNPATCH_TEST_SEED repeats one."""
-    value = int(os.environ.get("ATTNPATCH_TEST_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"ATTNPATCH_TEST_SEED={value}")
-    torch.manual_seed(value)
-    return value
 
 
 def inputs(n_query: int, n_key: int, head_dim: int = 5, dtype: torch.dtype = torch.float64) -> list[Tensor]:

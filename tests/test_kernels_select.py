@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
 from typing import Any
 
 import numpy as np
@@ -15,15 +13,6 @@ from torch import Tensor
 from attnpatch.kernels import select
 from attnpatch.kernels.score import attention_weights
 from attnpatch.kernels.select import top_r_weights, value_aware_weights
-
-
-@pytest.fixture
-def seed() -> int:
-    """A fresh seed every run, shown by pytest on failure; ATTNPATCH_TEST_SEED repeats one."""
-    value = int(os.environ.get("ATTNPATCH_TEST_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"ATTNPATCH_TEST_SEED={value}")
-    torch.manual_seed(value)
-    return value
 
 
 def random_weights(*shape: int, sharpness: float = 2.0, hidden: float = 0.0) -> Tensor:

@@ -284,7 +284,8 @@ def _softmax_weights(
     return _MaskedSoftmax.apply(scores + bias, visible)
 
 
-def _differs_by_query(attn_mask: Tensor) -> bool:
+def differs_by_query(attn_mask: Tensor) -> bool:
+    """Whether a mask [.., T, S] shows one query other keys than another."""
     if attn_mask.dim() < 2 or attn_mask.shape[-2] == 1 or attn_mask.stride(-2) == 0:
         return False
     return not bool((attn_mask == attn_mask[..., :1, :]).all())
@@ -521,7 +522,7 @@ def query_value_attention(
     _check_shapes(query, value, None)
     if is_causal and attn_mask is not None:
         raise SpecError("is_causal=True and attn_mask exclude each other; put the causal mask into attn_mask")
-    if gate == "pooled" and (is_causal or (attn_mask is not None and _differs_by_query(attn_mask))):
+    if gate == "pooled" and (is_causal or (attn_mask is not None and differs_by_query(attn_mask))):
         raise SpecError(
             "gate='pooled' mixes all queries, so a site that is causal or has a mask that differs by query"
             " would leak what its mask hides; use gate='pairwise' there"

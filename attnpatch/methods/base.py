@@ -54,6 +54,10 @@ class Variant:
             )
         return False
 
+    def shows_at(self, options: Any, site: Site) -> int:
+        """Sequence length from which on the method can differ from the stock form; measurements are made beyond."""
+        return 1
+
     def flops(self, options: Any, site: Site, tokens: int) -> int:
         """FLOPs (a multiplication and an addition are two) added to one forward pass over `tokens` tokens."""
         return 0
@@ -86,6 +90,10 @@ class ProjectVariant(Variant):
     def build(self, options: Any, in_features: int, out_features: int) -> nn.Module:
         """The module, [..., in_features] -> [..., out_features], in the paper's initialisation."""
         raise NotImplementedError(f"{type(self).__name__} must define build()")
+
+    def build_for_preserve(self, options: Any, in_features: int, out_features: int) -> nn.Module:
+        """As `build`, for a module whose parameters `preserve` sets: random numbers can be saved."""
+        return self.build(options, in_features, out_features)
 
     def preserve(self, module: nn.Module, linear: nn.Linear, options: Any) -> None:
         """Set the parameters of `module` so that it computes what `linear` does, as far as the form allows."""

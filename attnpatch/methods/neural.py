@@ -65,12 +65,26 @@ def init_paper(module: nn.Module) -> None:
 @torch.no_grad()
 def _mirror(up: nn.Linear, down: nn.Linear, linear: nn.Linear, gain: float = 1.0) -> None:
     """up = [W; -W] and down = gain * [I, -I]: with a ReLU between, relu(z) - relu(-z) = z."""
-    bias = linear.bias if linear.bias is not None else torch.zeros_like(up.bias[: linear.out_features])
-    identity = torch.eye(linear.out_features, dtype=down.weight.dtype, device=down.weight.device)
-    up.weight.copy_(torch.cat([linear.weight, -linear.weight]))
-    up.bias.copy_(torch.cat([bias, -bias]))
-    down.weight.copy_(gain * torch.cat([identity, -identity], dim=1))
+    size = linear.out_features
+    up.weight[:size].copy_(linear.weight)
+    torch.neg(linear.weight, out=up.weight[size:])
+    if linear.bias is not None:
+        up.bias[:size].copy_(linear.bias)
+        torch.neg(linear.bias, out=up.bias[size:])
+    else:
+        up.bias.zero_()
+    down.weight.zero_()
+    down.weight[:, :size].fill_diagonal_(gain)
+    down.weight[:, size:].fill_diagonal_(-gain)
     down.bias.zero_()
+
+
+def _length(linear: nn.Linear) -> float:
+    """Root mean square of the layer's outputs for inputs of unit variance."""
+    energy = linear.weight.detach().double().square().sum(dim=1)
+    if linear.bias is not None:
+        energy = energy + linear.bias.detach().double().square()
+    return float(energy.mean().sqrt())
 
 
 @torch.no_grad()
@@ -125,6 +139,15 @@ class Neural(ProjectVariant):
         return module
 
     @torch.no_grad()
+    def build_for_preserve(self, options: NeuralOptions, in_features: int, out_features: int) -> NeuralProjection:
+        device = torch.get_default_device()
+        with torch.device("meta"):
+            module = NeuralProjection(in_features, out_features, layer_norm=options.preset == "marian")
+        module.to_empty(device=device)
+        if module.norm is not None:
+            module.norm.reset_parameters()
+        return module
+
     def preserve(self, module: nn.Module, linear: nn.Linear, options: NeuralOptions) -> None:
         """Exact without LayerNorm. With it, LN([z; -z]) = [z; -z] / rms(z): the direction of z is kept, and its
         length replaced by the one it has on average when the inputs have unit variance. Calibration does better.
@@ -133,10 +156,7 @@ class Neural(ProjectVariant):
             raise TypeError(f"expected a NeuralProjection, got {type(module).__name__}")
         gain = 1.0
         if module.norm is not None and linear.weight.device.type != "meta":
-            energy = linear.weight.double().square().sum(dim=1)
-            if linear.bias is not None:
-                energy = energy + linear.bias.double().square()
-            gain = float(energy.mean().sqrt())
+            gain = _length(linear)
         _mirror(module.up, module.down, linear, gain)
         if options.noise > 0:
             module.up.weight.add_(torch.randn_like(module.up.weight), alpha=options.noise)
@@ -152,7 +172,14 @@ class Neural(ProjectVariant):
             return None
         # Calibration fits `down` and leaves `up` as it was; training breaks the mirror of `up`, as each half
         # sees other inputs through the ReLU.
-        return _unmirror(module.up, None if init == "calibrate" else module.down)
+        if init == "calibrate":
+            return _unmirror(module.up, None)
+        linear = _unmirror(module.up, module.down)
+        if linear is None:
+            return None
+        # Weight decay without a gradient scales both layers and keeps the mirror; the gain tells.
+        gain = torch.tensor(_length(linear) if norm is not None else 1.0, dtype=module.down.weight.dtype)
+        return linear if torch.equal(module.down.weight[0, 0].cpu(), gain) else None
 
     def features(self, module: nn.Module, inputs: Tensor) -> Tensor:
         return module.features(inputs)  # type: ignore[operator]

@@ -32,6 +32,7 @@ class QueryValueSum(AggregateStage):
     def __init__(self, num_heads: int, head_dim: int, gate: str, phi: str, pooling: str) -> None:
         super().__init__()
         self.gate, self.phi, self.pooling = gate, phi, pooling
+        self.bidirectional = gate == "pooled"
         square, row = (num_heads, head_dim, head_dim), (num_heads, head_dim)
         self.gate_query = nn.Parameter(torch.empty(square))
         self.gate_value = nn.Parameter(torch.empty(square)) if gate != "query" else None

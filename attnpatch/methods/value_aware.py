@@ -108,6 +108,9 @@ class TopR(StageVariant):
     paper = PAPER
     Options = TopROptions
 
+    def shows_at(self, options: TopROptions, site: Site) -> int:
+        return options.r + 1
+
     def build(self, options: TopROptions, site: Site) -> TopRSelection:
         return TopRSelection(options.r)
 
@@ -121,6 +124,9 @@ class ValueAware(StageVariant):
     summary = "at most r keys, chosen and weighted by the output they give"
     paper = PAPER
     Options = ValueAwareOptions
+
+    def shows_at(self, options: ValueAwareOptions, site: Site) -> int:
+        return (site.head_dim + 1 if options.r is None else options.r) + 1
 
     def build(self, options: ValueAwareOptions, site: Site) -> ValueAwareSelection:
         r = site.head_dim + 1 if options.r is None else options.r

@@ -10,6 +10,9 @@ from attnpatch.kernels.score import aggregate
 class AggregateStage(nn.Module):
     """Sums values under weights. Subclasses override `forward`."""
 
+    bidirectional = False
+    """Whether outputs depend on other queries, so that every query must be allowed to see the same keys."""
+
     def forward(self, query: Tensor, weights: Tensor, value: Tensor, query_valid: Tensor | None) -> Tensor:
         """query [B, H, T, D], weights [B, H, T, S], value [B, H, S, D] -> output [B, H, T, D].
 

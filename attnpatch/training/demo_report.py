@@ -78,8 +78,9 @@ def _signatures(result: DemoResult) -> str:
     scores = result.rows[0].before
     return (
         f"{scores['sentences']} synthetic test sentences; BLEU: {scores['bleu_signature']}; "
-        f"chrF: {scores['chrf_signature']}. Logit drift: the largest change by the conversion, in float32; ok where it "
-        "must be, and is, no more than rounding. A row without a score after it is for inference only."
+        f"chrF: {scores['chrf_signature']}. Logit drift: the largest change by the conversion, computed in "
+        "float64; ok where there must be none but rounding, and is none. A row without scores after training on is for "
+        "inference only."
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from attnpatch.auxiliary import has_loss_hooks
 from attnpatch.errors import unknown
 from attnpatch.training.batching import SentenceBatchSampler, TokenBatchSampler, TranslationCollator
 from attnpatch.training.checkpoints import last_complete, load_weights, read_record
@@ -348,7 +349,8 @@ def _trainer(
         train_sampler=sampler,
         collator=TranslationCollator(model.config.pad_token_id, model.config.decoder_start_token_id),
         label_smoothing=config.training.label_smoothing,
-        auxiliary=config.spec is not None,
+        # A checkpoint may be patched without the config naming a spec.
+        auxiliary=has_loss_hooks(model),
         eval_max_tokens=config.generation.max_tokens,
         keep_checkpoints=config.training.keep_checkpoints,
         dev_scores=dev_scores,
