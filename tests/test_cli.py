@@ -234,7 +234,12 @@ def test_signals(
 
     monkeypatch.setattr(files, "write_weights", interrupted)
     handler = signal.getsignal(signal.SIGTERM)
-    result = run("convert", stock, tmp_path / "new", "--variant", "neural")
+    # A process that a shell starts in the background ignores SIGINT, and so would this test.
+    keyboard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = run("convert", stock, tmp_path / "new", "--variant", "neural")
+    finally:
+        signal.signal(signal.SIGINT, keyboard)
     assert result.code == code
     assert result.err == f"attnpatch: {word}; nothing half-written was left behind\n"
     assert {p.name for p in tmp_path.iterdir()} == {"stock"}

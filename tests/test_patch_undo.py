@@ -414,3 +414,15 @@ def test_layer_drop() -> None:
     batch = batch_of(model)
     for _ in range(6):
         model(**batch).loss.backward()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_noise_leaves_the_symmetric_point(family: str) -> None:
+    model = masked_lm(family)
+    batch = batch_of(model)
+    before, output = snapshot(model), logits(model, batch)
+    assert not attnpatch.patch(model, {"neural": {"noise": 0.05}}).exact
+    up = next(p for name, p in model.named_parameters() if name.endswith(".up.weight"))
+    assert (up[:32] + up[32:]).abs().max() > 0.01
+    attnpatch.unpatch(model)
+    assert_restored(model, before, batch, output)

@@ -148,6 +148,7 @@ class Neural(ProjectVariant):
             module.norm.reset_parameters()
         return module
 
+    @torch.no_grad()
     def preserve(self, module: nn.Module, linear: nn.Linear, options: NeuralOptions) -> None:
         """Exact without LayerNorm. With it, LN([z; -z]) = [z; -z] / rms(z): the direction of z is kept, and its
         length replaced by the one it has on average when the inputs have unit variance. Calibration does better.
