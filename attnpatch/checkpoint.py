@@ -25,7 +25,7 @@ from attnpatch.integration import IMPLEMENTATION
 from attnpatch.methods.base import ProjectVariant
 from attnpatch.modelcard import model_card, read_front_matter
 from attnpatch.patching import patch, patched_modules, plan_of
-from attnpatch.probes import Drift, computing_in_float32, drift, make_probe, outputs_of
+from attnpatch.probes import Drift, computing_in_float32, drift, length_for, make_probe, outputs_of
 from attnpatch.registry import family_for_model_type, find_sites
 from attnpatch.report import PatchReport
 from attnpatch.spec import AttentionSpec
@@ -223,7 +223,7 @@ def convert(
         read_lines(calibration_text)
     tell("load", 0.0)
     model, notes = load_model(checkpoint)
-    probe = make_probe(model, seed)
+    probe = make_probe(model, seed, length_for(parsed, model))
     tell("measure", 0.0)
     with computing_in_float32(model):
         before = outputs_of(model, probe, torch.float32)

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnpatch.registry import find_sites
+from attnpatch.registry import find_sites, get_variant
+from attnpatch.spec import AttentionSpec
 
 LENGTH = 12
-"""Tokens of the longest probe sequence: few, as conversion should cost little over copying."""
+"""Tokens of the longest probe sequence."""
+SHORT = 8
+"""The same where time counts: conversion should cost little over copying."""
 
 _OUTPUTS = (
     "logits",
@@ -42,6 +45,17 @@ class Probe:
     inputs: dict[str, Tensor]
     valid: Tensor
     has_cross: bool = False
+
+
+def length_for(spec: AttentionSpec, model: nn.Module) -> int:
+    """Tokens of a probe that are few, and yet enough for every variant of a spec to differ from the stock form."""
+    least = SHORT
+    for site in find_sites(model):
+        for rule in spec.rules:
+            for name in rule.variants:
+                shows_at = get_variant(name).shows_at(rule.options(name, site.family), site)
+                least = max(least, shows_at + 4 if shows_at > 1 else 0)
+    return least
 
 
 def parameters_of(model: nn.Module) -> set[str]:

@@ -20,7 +20,7 @@ from attnpatch.errors import AttnpatchError, CheckpointError, SpecError, unknown
 from attnpatch.methods.base import ProjectVariant
 from attnpatch.patching import patched_modules, plan_of
 from attnpatch.pipeline import pipeline_of
-from attnpatch.probes import Probe, collect, drift, make_probe, outputs_of, parameters_of, random_tokens
+from attnpatch.probes import Probe, collect, drift, length_for, make_probe, outputs_of, parameters_of, random_tokens
 from attnpatch.registry import find_sites
 from attnpatch.spec import AttentionSpec
 
@@ -480,7 +480,7 @@ def _drift(
         stock, _ = load_model(origin, torch.float32)
     except AttnpatchError as error:
         raise CheckpointError(f"the source cannot be loaded: {error}") from error
-    probe = make_probe(model, seed, length=24, batch=4)
+    probe = make_probe(model, seed, length=max(24, length_for(checkpoint.spec, model)), batch=4)
     exact = bool((checkpoint.manifest or {}).get("exact")) or not checkpoint.record
     for name in dtypes:
         stock.to(DTYPES[name])

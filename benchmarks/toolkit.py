@@ -68,19 +68,21 @@ print(json.dumps({"seconds": sorted(times[4:])[len(times[4:]) // 2]}))
 """
 
 CONVERT = """
-import json, resource, sys, time
+import json, re, sys, time
 import torch
 from transformers import RobertaForMaskedLM
 import attnpatch
 import attnpatch.checkpoint
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def high_water():  # of this process alone: ru_maxrss would start at its parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = high_water()
 start = time.perf_counter()
 if sys.argv[1] == "convert":
     attnpatch.convert(sys.argv[2], sys.argv[3], sys.argv[4])
 else:
     RobertaForMaskedLM.from_pretrained(sys.argv[2]).save_pretrained(sys.argv[3])
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = high_water()
 print(json.dumps({"seconds": seconds, "libraries_kib": before, "peak_kib": peak}))
 """
 

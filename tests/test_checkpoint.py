@@ -22,7 +22,7 @@ import attnpatch
 from attnpatch import files
 from attnpatch.checkpoint import load_model, open_checkpoint
 from attnpatch.errors import AttnpatchError, CheckpointError, PatchError, SpecError, UnsupportedModelError
-from attnpatch.probes import drift, make_probe, outputs_of
+from attnpatch.probes import drift, length_for, make_probe, outputs_of
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_convert_reload_revert(tmp_path: Path, name: str, variant: str) -> None:
         assert report.drift.max > 1e-3
     model, notes = load_model(open_checkpoint(tmp_path / "new"))
     source, _ = load_model(open_checkpoint(src))
-    probe = make_probe(source)
+    probe = make_probe(source, length=length_for(open_checkpoint(tmp_path / "new").spec, source))
     moved = drift(outputs_of(source, probe), outputs_of(model, probe))
     assert moved.max == pytest.approx(report.drift.max, abs=1e-7)
     assert not notes
@@ -193,6 +193,15 @@ def test_layers_and_sites(tmp_path: Path) -> None:
     info = attnpatch.inspect(tmp_path / "new")
     patched = {row["path"] for row in info.sites if row["stages"]}
     assert patched == {"model.decoder.layers.1.self_attn", "model.decoder.layers.1.encoder_attn"}
+
+
+@pytest.mark.parametrize("variant", ["top_r", "value_aware"])
+def test_drift_is_measured_where_the_method_shows(stock: Path, tmp_path: Path, variant: str) -> None:
+    # A selection of 20 keys does nothing to a sequence of 8.
+    options = {"r": 20, "selector": "norm"} if variant == "value_aware" else {"r": 20}
+    assert attnpatch.convert(stock, tmp_path / "new", {variant: options}).drift.max > 1e-4
+    drifts = {c.name: c.value for c in attnpatch.verify(tmp_path / "new", stock).checks if c.name.startswith("drift")}
+    assert drifts["drift in float32: max"] > 1e-4
 
 
 def test_a_patched_source_gets_more(stock: Path, tmp_path: Path) -> None:
