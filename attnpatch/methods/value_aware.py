@@ -126,7 +126,9 @@ class ValueAware(StageVariant):
     Options = ValueAwareOptions
 
     def shows_at(self, options: ValueAwareOptions, site: Site) -> int:
-        return (site.head_dim + 1 if options.r is None else options.r) + 1
+        # The oracle is exact from head_dim + 1 keys on: it shows nowhere, and is slow where it would be looked for.
+        r = site.head_dim + 1 if options.r is None else options.r
+        return 1 if options.selector == "oracle" and r > site.head_dim else r + 1
 
     def build(self, options: ValueAwareOptions, site: Site) -> ValueAwareSelection:
         r = site.head_dim + 1 if options.r is None else options.r

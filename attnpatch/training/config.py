@@ -120,7 +120,7 @@ class TrainingConfig:
     threads: int | None = field(default=None, metadata=at_least(1))  # None: all CPUs this process may use
     gradient_checkpointing: bool = False
     compile: bool = False
-    attention: str | None = field(default=None, metadata=one_of("eager", "sdpa"))  # backend of stock attention
+    attention: str = field(default="auto", metadata=one_of("auto", "eager", "sdpa"))  # backend of stock attention
     ddp_find_unused_parameters: bool = False
     log_every: int = field(default=50, metadata=at_least(1))  # optimiser steps
     evaluate_every: int | str = "epoch"  # "epoch", "never", or a number of steps

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from attnpatch.errors import CheckpointError, unknown
 from attnpatch.training.config import MarianTrainingConfig
 from attnpatch.training.errors import ConfigError, TrainingError
@@ -20,8 +22,20 @@ def build_model(config: MarianTrainingConfig, tokenizer: Any) -> Any:
     return model
 
 
+def attention_backend(config: MarianTrainingConfig) -> str | None:
+    """transformers' name of the backend for stock attention; None: transformers' own choice.
+
+    `auto` takes eager on a CPU, where the backward of the fused kernel is nearly half of a step over short sentences
+    (docs/training.md has the numbers), and transformers' choice elsewhere.
+    """
+    if config.training.attention != "auto":
+        return config.training.attention
+    return "eager" if config.training.device == "cpu" or not torch.cuda.is_available() else None
+
+
 def _attention(config: MarianTrainingConfig) -> dict[str, Any]:
-    return {"attn_implementation": config.training.attention} if config.training.attention else {}
+    backend = attention_backend(config)
+    return {"attn_implementation": backend} if backend else {}
 
 
 def _patched(config: MarianTrainingConfig, model_config: Any) -> Any:
@@ -69,13 +83,13 @@ def _from_scratch(config: MarianTrainingConfig, tokenizer: Any) -> Any:
         is_encoder_decoder=True,
     )
     model_config = _patched(config, model_config)
-    if config.training.attention:
-        model_config._attn_implementation = config.training.attention
+    backend = attention_backend(config)
+    if backend:
+        model_config._attn_implementation = backend
     return MarianMTModel(model_config)
 
 
 def _from_checkpoint(config: MarianTrainingConfig) -> Any:
-    import torch
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
     path = str(config.model.pretrained)
