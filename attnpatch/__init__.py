@@ -18,7 +18,7 @@ from attnpatch import _versions, integration
 
 __version__ = _versions.ATTNPATCH
 
-_versions.check()
+_versions.check_at_import()
 integration.install()
 
 _EXPORTS = {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from importlib import metadata
+from pathlib import Path
 
 from attnpatch.errors import VersionError
 
@@ -26,6 +29,33 @@ def check() -> None:
             raise VersionError(f"attnpatch {ATTNPATCH} needs {package} {window}, which is not installed") from None
         if not _inside(found, low, high):
             raise VersionError(f"attnpatch {ATTNPATCH} works with {package} {window}, but {found} is installed")
+
+
+def check_at_import() -> None:
+    """`check`, for the import of attnpatch: the `attnpatch` command, which has no code of its own before that import,
+    ends here with one sentence (or JSON, with --json) and the exit code 2 of bad input.
+
+    Raises:
+        VersionError: in any other process.
+    """
+    try:
+        check()
+    except VersionError as error:
+        if not _is_command():
+            raise
+        if "--json" in sys.argv:
+            print(json.dumps({"error": str(error), "exit_code": 2}, indent=2))
+        else:
+            print(f"attnpatch: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _is_command() -> bool:
+    """Whether this process is `attnpatch ...` or `python -m attnpatch ...`."""
+    if sys.argv[:1] == ["-m"]:
+        # Python puts the path of the module in its place only when it has found the module.
+        return "-m" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == ["attnpatch"]
+    return bool(sys.argv) and Path(sys.argv[0]).name in ("attnpatch", "attnpatch.exe")
 
 
 def _inside(version: str, low: tuple[int, ...], high: tuple[int, ...] | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +259,9 @@ def _split_names(text: Any) -> list[str]:
     if not isinstance(text, str):
         raise SpecError(f"a variant is given by name, such as 'neural+expressive', not {text!r}")
     names = [part.strip() for part in text.split("+")]
+    words = [word for word in re.split(r"[\s,;+&]+", text) if word]
+    if len(words) > len(names) and all(word.isidentifier() for word in words):
+        raise SpecError(f"{text!r} is not the name of a variant; variants are joined with +: {'+'.join(words)!r}")
     if not all(names):
         raise SpecError(f"{text!r} has an empty name beside a '+'; write it as in 'neural+expressive'")
     return names

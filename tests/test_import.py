@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,6 +128,50 @@ except ImportError as error:
     text = python(code).strip()
     assert "4.40.0" in text
     assert "5.14" in text
+
+
+@pytest.mark.parametrize("way", ["script", "module"])
+@pytest.mark.parametrize(
+    ("package", "version", "words"),
+    [
+        ("transformers", "4.40.0", "transformers >= 5.14, < 6.0, but 4.40.0 is installed"),
+        ("torch", None, "needs torch >= 2.11, which is not installed"),
+    ],
+)
+def test_the_command_says_it_in_one_sentence(
+    tmp_path: Path, way: str, package: str, version: str | None, words: str
+) -> None:
+    """The console script's first line is the import that fails: attnpatch's command line has not run yet."""
+    (tmp_path / "sitecustomize.py").write_text(f"""
+from importlib import metadata
+real = metadata.version
+def fake(name):
+    found = {version!r} if name == {package!r} else real(name)
+    if not found:
+        raise metadata.PackageNotFoundError(name)
+    return found
+metadata.version = fake
+""")
+    script = tmp_path / "bin" / "attnpatch"
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom attnpatch.cli import main\nsys.exit(main())\n")
+    start = {"script": [str(script)], "module": ["-m", "attnpatch"]}[way]
+    root = str(Path(attnpatch.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), root))}
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *start, *arguments], capture_output=True, text=True, env=environment)
+
+    done = call("variants")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("attnpatch: attnpatch ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    done = call("env", "--json")
+    assert (done.returncode, done.stderr) == (2, "")
+    found = json.loads(done.stdout)
+    assert words in found["error"]
+    assert found["exit_code"] == 2
 
 
 def test_names() -> None:

@@ -151,6 +151,10 @@ def test_sites() -> None:
     [
         ("neurall", "unknown variant 'neurall'; did you mean 'neural'"),
         ("stock+neural", "unknown variant 'stock'"),
+        ("neural,expressive", "joined with \\+: 'neural\\+expressive'"),
+        ("neural & elu", "joined with \\+: 'neural\\+elu'"),
+        ({"variant": "neural elu+top_r"}, "joined with \\+: 'neural\\+elu\\+top_r'"),
+        ("neural @layers 3", "unknown variant 'neural @layers 3'"),
         ("neural+", "empty name beside a '\\+'"),
         ("neural+linear", "neural and linear both replace the stage 'project'"),
         ("expressive+elu", "expressive and elu both replace the stage 'score'"),
