@@ -24,8 +24,11 @@ def run() -> int:
     """Sets what transformers reads when it is imported, and runs the demo."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here comes from a hub
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from attnpatch.training.demo_cli import main
-
+    try:
+        from attnpatch.training.demo_cli import main
+    except ImportError as error:  # torch or transformers is missing or unsupported
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return main(sys.argv[1:], ROOT / "configs" / "demo-cpu.yaml", __doc__)
 
 

@@ -15,7 +15,16 @@ from pathlib import Path
 if importlib.util.find_spec("attnpatch") is None:  # a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attnpatch.training.cli import main
+
+def run() -> int:
+    """Trains. A missing or unsupported torch or transformers shows at attnpatch's import, and is said in one line."""
+    try:
+        from attnpatch.training.cli import main
+    except ImportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return main(sys.argv[1:], __doc__)
+
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], __doc__))
+    sys.exit(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,18 @@ def test_errors_are_one_sentence(
     assert expected in printed.err
     assert printed.err.count("\n") == 1
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_missing_package_is_named_with_its_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    assert main(words(tmp_path / "run"), CONFIG) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: not installed: sacrebleu, matplotlib; pip install 'attnpatch[train]'")
+    assert printed.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

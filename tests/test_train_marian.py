@@ -360,6 +360,30 @@ def test_errors_are_one_sentence(
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+@pytest.mark.parametrize("package", ["accelerate", "datasets", "evaluate", "sacrebleu", "sentencepiece"])
+def test_a_missing_package_is_named_with_its_remedy(data: Path, tmp_path: Path, package: str) -> None:
+    """In a process of its own, in which nothing has imported the package yet."""
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{package!r}] = None")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(SCRIPT.parents[1])))}
+    command = [sys.executable, str(SCRIPT), *settings(data, tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: not installed: {package}; pip install 'attnpatch[train]' brings what it needs\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unsupported_transformers_is_one_sentence(tmp_path: Path) -> None:
+    fake = "real = metadata.version; metadata.version = lambda n: '4.40.0' if n == 'transformers' else real(n)"
+    (tmp_path / "sitecustomize.py").write_text(f"from importlib import metadata; {fake}")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(SCRIPT.parents[1])))}
+    for script in (SCRIPT, SCRIPT.with_name("demo.py")):
+        command = [sys.executable, str(script), "output.dir=x"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        assert done.returncode == 2
+        assert "4.40.0 is installed" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 def test_help_and_interrupt(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ def main(argv: Sequence[str], usage: str | None = None) -> int:
     try:
         from attnpatch.training.config import MarianTrainingConfig, load_config
         from attnpatch.training.errors import ConfigError
+        from attnpatch.training.extra import TRAINING, require
 
         options = [word for word in words if word.startswith("-")]
         if options:
@@ -29,6 +30,7 @@ def main(argv: Sequence[str], usage: str | None = None) -> int:
         overrides = words if path is None else words[1:]
         config = load_config(MarianTrainingConfig, path, overrides)
 
+        require(TRAINING)
         from attnpatch.training.marian import run
 
         run(config)

@@ -22,6 +22,7 @@ def main(argv: Sequence[str], default_config: Path, usage: str | None = None) ->
     try:
         from attnpatch.training.config import load_config
         from attnpatch.training.errors import ConfigError
+        from attnpatch.training.extra import DEMO, require
 
         options = [word for word in words if word.startswith("-")]
         if options:
@@ -29,6 +30,7 @@ def main(argv: Sequence[str], default_config: Path, usage: str | None = None) ->
         path = default_config
         if words and "=" not in words[0]:
             path = Path(words.pop(0))
+        require(DEMO)
         print("attnpatch demo: loading torch and transformers", flush=True)
         from attnpatch.training.demo import DemoConfig, run_demo
 
@@ -36,11 +38,10 @@ def main(argv: Sequence[str], default_config: Path, usage: str | None = None) ->
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command starts afresh", file=sys.stderr)
         return INTERRUPTED
-    except (AttnpatchError, OSError, ImportError) as error:
+    except (AttnpatchError, OSError) as error:
         if debug:
             traceback.print_exception(error)
-        hint = ": pip install 'attnpatch[train]'" if isinstance(error, ModuleNotFoundError) else ""
-        print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
     if not result.failed:
         return 0
