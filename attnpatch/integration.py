@@ -1,6 +1,6 @@
 """Everything that touches transformers: the attention function, the config's mark, building and loading models.
 
-Four of its methods are wrapped, each once and in the base class, so that every model and Auto class is covered:
+A few of its methods are wrapped, each once and in the base class, so that every model and Auto class is covered:
 
     PreTrainedModel.post_init             builds the stages of a model whose config carries a spec
     PreTrainedModel.from_pretrained       turns a stock checkpoint into the patched model that its config asks for,
@@ -9,6 +9,8 @@ Four of its methods are wrapped, each once and in the base class, so that every 
                                           transformers that does not know attnpatch stop instead of loading a
                                           stock model with random weights
     PreTrainedConfig._attn_implementation   reads that mark as "no backend chosen"
+    PreTrainedConfig.__post_init__,         refuse attn_implementation="attnpatch" where nothing says which variant:
+    PreTrainedModel.get_correct_attn_implementation   the model would be stock
 
 A config without `attnpatch` takes the original path in all of them.
 """
@@ -23,7 +25,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 IMPLEMENTATION = "attnpatch"
 """The name under which the attention function is registered, and the mark in config.json."""
@@ -192,6 +194,28 @@ def _unmark(value: Any) -> Any:
     return value
 
 
+def asks_for_attnpatch(value: Any) -> bool:
+    """Whether a value of `attn_implementation`, a mapping for the parts of a model included, names attnpatch."""
+    if isinstance(value, dict):
+        return any(map(asks_for_attnpatch, value.values()))
+    return bool(value == IMPLEMENTATION)
+
+
+def _carries_spec(config: Any) -> bool:
+    """Whether a config or that of a part of its model says which variants are patched in."""
+    return any(getattr(part, "attnpatch", None) for part in (config, *vars(config).values()))
+
+
+def _refuse_stock(what: str) -> NoReturn:
+    from attnpatch.errors import SpecError
+
+    raise SpecError(
+        f"attn_implementation={IMPLEMENTATION!r} chooses no variant, and {what} is stock: use attnpatch.patch(model, "
+        "'neural'), or from_pretrained(..., config=attnpatch.patch_config(config, 'neural')), or attnpatch.convert(src, "
+        "dst, 'neural')"
+    )
+
+
 def _extend_configs(module: ModuleType) -> None:
     cls = module.PreTrainedConfig
 
@@ -206,9 +230,24 @@ def _extend_configs(module: ModuleType) -> None:
     cls.to_dict = marking(cls.to_dict)
     cls.to_diff_dict = marking(cls.to_diff_dict)
     stock = cls._attn_implementation
-    cls._attn_implementation = property(
-        stock.fget, lambda self, value: stock.fset(self, _unmark(value)), doc=stock.__doc__
-    )
+
+    def choose(self: Any, value: Any) -> None:
+        # The first time is in its construction, before the spec is there; what follows is a choice of the user.
+        if "_attn_implementation_internal" in vars(self) and asks_for_attnpatch(value) and not _carries_spec(self):
+            _refuse_stock(f"this {type(self).__name__}")
+        stock.fset(self, _unmark(value))
+
+    cls._attn_implementation = property(stock.fget, choose, doc=stock.__doc__)
+    stock_post_init = cls.__post_init__
+
+    @functools.wraps(stock_post_init)
+    def post_init(self: Any, **kwargs: Any) -> None:
+        asked = asks_for_attnpatch(kwargs.get("attn_implementation"))
+        stock_post_init(self, **kwargs)
+        if asked and not _carries_spec(self):
+            _refuse_stock(f"this {type(self).__name__}")
+
+    cls.__post_init__ = post_init
 
 
 # --- models ---------------------------------------------------------------------------------------------------
@@ -247,7 +286,18 @@ def _extend_models(module: ModuleType) -> None:
 
         return load_model(load, pretrained_model_name_or_path, config, kwargs)
 
+    stock_choice = cls.get_correct_attn_implementation
+
+    @functools.wraps(stock_choice)
+    def get_correct_attn_implementation(self: Any, requested_attention: Any, *args: Any, **kwargs: Any) -> Any:
+        if requested_attention == IMPLEMENTATION:
+            if not _carries_spec(self.config):
+                _refuse_stock(f"this {type(self).__name__}")
+            requested_attention = None
+        return stock_choice(self, requested_attention, *args, **kwargs)
+
     cls.post_init = post_init
+    cls.get_correct_attn_implementation = get_correct_attn_implementation
     cls.from_pretrained = classmethod(from_pretrained)
 
 

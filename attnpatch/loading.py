@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from attnpatch.errors import CheckpointError, SpecError
-from attnpatch.integration import spec_of
+from attnpatch.integration import asks_for_attnpatch, spec_of
 from attnpatch.spec import AttentionSpec
 
 _HUB_ARGUMENTS = (
@@ -83,6 +83,8 @@ def _load_stock_and_patch(load: Callable[..., Any], config: Any, arguments: dict
     spec = AttentionSpec.from_dict(config.attnpatch)
     stock = copy.deepcopy(config)
     del stock.attnpatch
+    if asks_for_attnpatch(arguments.get("attn_implementation")):
+        del arguments["attn_implementation"]  # the config says so, and the model is stock until it is patched
     with_info = arguments.pop("output_loading_info", False)
     model, info = load(config=stock, output_loading_info=True, **arguments)
     _check_stock_keys(model, info)

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, BertModel, EncoderDecoderModel
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    BertModel,
+    EncoderDecoderModel,
+)
 
 import attnpatch
 from attnpatch.errors import CheckpointError, PatchError, SpecError
@@ -46,6 +54,68 @@ def test_patching_a_model_leaves_the_callers_config_alone() -> None:
     attnpatch.patch(second, "expressive")
     second.set_attn_implementation("eager")
     assert second(input_ids=IDS).logits.shape == (2, 7, 60)
+
+
+ASKS = "'attnpatch' chooses no variant.*stock.*attnpatch.patch.*patch_config.*convert"
+
+
+def test_asking_a_stock_model_for_attnpatch_is_refused(tmp_path: Path) -> None:
+    """Once it loaded a stock model, or failed at the first forward pass with an AttributeError."""
+    config = BertConfig(**SIZE)
+    stock = BertForMaskedLM(config).eval()
+    stock.save_pretrained(tmp_path)
+    asked: dict[str, Any] = {"attn_implementation": "attnpatch"}
+    for attempt in (
+        lambda: BertForMaskedLM.from_pretrained(tmp_path, **asked),
+        lambda: AutoModelForMaskedLM.from_pretrained(tmp_path, **asked),
+        lambda: BertForMaskedLM.from_pretrained(tmp_path, config=config, **asked),
+        lambda: AutoModelForMaskedLM.from_pretrained(tmp_path, config=config, **asked),
+        lambda: AutoModelForMaskedLM.from_config(config, **asked),
+        lambda: AutoConfig.from_pretrained(tmp_path, **asked),
+        lambda: BertConfig(**SIZE, **asked),
+        lambda: setattr(config, "_attn_implementation", "attnpatch"),
+        lambda: stock.set_attn_implementation("attnpatch"),
+        lambda: stock.bert.set_attn_implementation({"": "attnpatch"}),
+    ):
+        with pytest.raises(SpecError, match=ASKS):
+            attempt()
+    assert stock.config._attn_implementation == config._attn_implementation == "sdpa"
+    assert stock(input_ids=IDS).logits.isfinite().all()
+    attnpatch.patch(stock, "neural")
+    attnpatch.unpatch(stock)
+    with pytest.raises(SpecError, match=ASKS):
+        stock.set_attn_implementation("attnpatch")
+
+
+def test_asking_a_patched_model_for_attnpatch_is_not(tmp_path: Path) -> None:
+    config = BertConfig(**SIZE)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "stock")
+    attnpatch.convert(tmp_path / "stock", tmp_path / "new", "neural+expressive")
+    asked: dict[str, Any] = {"attn_implementation": "attnpatch"}
+    given = attnpatch.patch_config(config, "neural+expressive")
+    models = [
+        BertForMaskedLM.from_pretrained(tmp_path / "new", **asked),
+        AutoModelForMaskedLM.from_pretrained(tmp_path / "new", **asked),
+        AutoModelForMaskedLM.from_pretrained(tmp_path / "stock", config=given, **asked),
+        BertForMaskedLM.from_pretrained(tmp_path / "stock", config=given, **asked),
+    ]
+    logits = [model.eval()(input_ids=IDS).logits for model in models]
+    for model, value in zip(models, logits, strict=True):
+        assert model.config._attn_implementation == "sdpa"
+        assert len(attnpatch.patched_modules(model)) == 2
+        torch.testing.assert_close(value, logits[0], atol=1e-5, rtol=1e-5)
+        model.set_attn_implementation("eager")
+        model.set_attn_implementation("attnpatch")
+        assert model.config._attn_implementation == "sdpa"
+    assert len(attnpatch.patched_modules(AutoModelForMaskedLM.from_config(given, **asked))) == 2
+    # A part that is patched makes the whole one that is: its config has the spec.
+    whole = EncoderDecoderModel(
+        encoder=BertModel.from_pretrained(tmp_path / "new"),
+        decoder=BertLMHeadModel(BertConfig(**SIZE, is_decoder=True, add_cross_attention=True)),
+    )
+    whole.save_pretrained(tmp_path / "whole")
+    again = EncoderDecoderModel.from_pretrained(tmp_path / "whole")
+    assert len(attnpatch.patched_modules(again)) == 2
 
 
 def test_a_folder_without_config_that_holds_patched_weights_is_refused(tmp_path: Path) -> None:
