@@ -323,6 +323,8 @@ def revert(
     dst: str | Path,
     *,
     source: str | Path | None = None,
+    revision: str | None = None,
+    source_revision: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> RevertReport:
@@ -335,6 +337,7 @@ def revert(
     Args:
         src: a patched checkpoint. dst: the folder to write.
         source: the stock checkpoint that it was converted from, for projections that cannot be recovered.
+        revision, source_revision: branch, tag or commit of `src` and of `source` on the hub.
         force: replace `dst` if it holds a checkpoint.
 
     Raises:
@@ -344,10 +347,10 @@ def revert(
     tell = progress or _silent
     target = Path(dst).expanduser()
     files.check_target(target, force)
-    checkpoint = open_checkpoint(src)
+    checkpoint = open_checkpoint(src, revision)
     if checkpoint.record is None:
         raise CheckpointError(f"{checkpoint.folder} is a stock checkpoint: there is nothing to revert")
-    origin = open_checkpoint(source) if source is not None else None
+    origin = open_checkpoint(source, source_revision) if source is not None else None
     files.check_target(target, force, [checkpoint.folder, *([origin.folder] if origin else [])])
     if origin is not None and origin.record is not None:
         raise CheckpointError(f"{origin.name} is patched itself: give the stock checkpoint as the source")
@@ -412,27 +415,16 @@ def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint
 
 
 def _locate(path: str | Path, revision: str | None) -> tuple[Path, str]:
-    """The local folder of a checkpoint and the name it goes by. A local path is named by its last part only, as
-    the name ends up in files that are published."""
+    """The local folder of a checkpoint and the name it goes by."""
     text = str(path)
     folder = Path(path).expanduser()
     if folder.is_dir():
-        cached = _cached_name(folder)
-        return folder, cached or folder.resolve().name
+        return folder, files.source_name(folder)
     if folder.exists():
         raise CheckpointError(f"{text} is a file; give the folder of the checkpoint")
-    looks_local = isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
-    if looks_local or not text.strip():
+    if files.looks_local(path) or not text.strip():
         raise CheckpointError(f"checkpoint {text!r} does not exist")
     return _download(text, revision), text
-
-
-def _cached_name(folder: Path) -> str | None:
-    """The hub id of a folder in the hub's cache."""
-    parts = folder.resolve().parts
-    if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
-        return parts[-3].removeprefix("models--").replace("--", "/")
-    return None
 
 
 def _download(name: str, revision: str | None) -> Path:

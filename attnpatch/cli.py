@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")]
 
 
 @app.callback()
@@ -120,7 +121,7 @@ def convert(
     calibration_target: Annotated[
         Path | None, typer.Option("--calibration-target", help="Its translation, for Marian; else the text itself.")
     ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
+    revision: Revision = None,
     seed: Annotated[int, typer.Option("--seed", help="Of new random parameters.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace DST if it holds a checkpoint.")] = False,
     as_json: AsJson = False,
@@ -162,12 +163,13 @@ def convert(
 def inspect(
     path: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint to look at.")],
     checksums: Annotated[bool, typer.Option(help="Check the weights against their checksums.")] = True,
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint is, and what is patched in it."""
     from attnpatch.checkpoint import inspect as run
 
-    info = run(path, checksums=checksums)
+    info = run(path, revision=revision, checksums=checksums)
     if as_json:
         _print_json(info.to_dict())
         return
@@ -207,6 +209,10 @@ def inspect(
 def verify(
     path: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint to check.")],
     against: Annotated[str | None, typer.Option("--against", metavar="SRC", help="Its source, for the drift.")] = None,
+    revision: Revision = None,
+    against_revision: Annotated[
+        str | None, typer.Option("--against-revision", help="Branch, tag or commit of SRC on the hub.")
+    ] = None,
     tolerance: Annotated[float | None, typer.Option("--tolerance", help="Largest drift allowed in float32.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the random inputs.")] = 0,
     as_json: AsJson = False,
@@ -215,7 +221,15 @@ def verify(
     with _progress(as_json) as tell:
         from attnpatch.verification import verify as run
 
-        report = run(path, against, seed=seed, tolerance=tolerance, progress=tell)
+        report = run(
+            path,
+            against,
+            revision=revision,
+            against_revision=against_revision,
+            seed=seed,
+            tolerance=tolerance,
+            progress=tell,
+        )
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -239,6 +253,10 @@ def revert(
     source: Annotated[
         str | None, typer.Option("--source", metavar="SRC", help="Where it came from, for projections that are gone.")
     ] = None,
+    revision: Revision = None,
+    source_revision: Annotated[
+        str | None, typer.Option("--source-revision", help="Branch, tag or commit of SRC on the hub.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace DST if it holds a checkpoint.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -246,7 +264,15 @@ def revert(
     with _progress(as_json) as tell:
         from attnpatch.checkpoint import revert as run
 
-        report = run(path, dst, source=source, force=force, progress=tell)
+        report = run(
+            path,
+            dst,
+            source=source,
+            revision=revision,
+            source_revision=source_revision,
+            force=force,
+            progress=tell,
+        )
     if as_json:
         _print_json(report.to_dict())
     else:

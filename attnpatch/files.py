@@ -354,6 +354,23 @@ def changed_tensors(weights: Weights, manifest: Mapping[str, Any]) -> list[str]:
     return changed + [shard for shard in weights.shards if shard not in known]
 
 
+def source_name(path: str | Path) -> str:
+    """What a checkpoint is called in files that are published: its hub id, or the last part of a local path."""
+    folder = Path(path).expanduser()
+    parts = folder.resolve().parts
+    if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):  # in the hub's cache
+        return parts[-3].removeprefix("models--").replace("--", "/")
+    if folder.is_dir() or looks_local(path):
+        return folder.resolve().name
+    return str(path)
+
+
+def looks_local(path: str | Path) -> bool:
+    """Whether a path that does not exist here can only have been meant for a folder, and not for a hub id."""
+    text = str(path)
+    return isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What `convert` noted about the files of a checkpoint; None where it wrote none."""
     path = folder / MANIFEST

@@ -16,6 +16,7 @@ from attnpatch.auxiliary import install_loss_hooks, remove_loss_hooks
 from attnpatch.calibrate import CalibrationPair, calibrate_projections
 from attnpatch.errors import PatchError, SpecError, UnsupportedModelError, unknown
 from attnpatch.families.base import Site
+from attnpatch.files import source_name
 from attnpatch.integration import ConfigView, install, route_through_pipeline
 from attnpatch.methods.base import ProjectVariant, StageVariant, Variant
 from attnpatch.pipeline import CORE_STAGES, AttentionPipeline, pipeline_of
@@ -149,7 +150,9 @@ def unpatch(model: nn.Module, stages: Iterable[str] | None = None) -> None:
         if any(stock is None for _, _, stock in undo.projections):
             source = getattr(inner, "config", None)
             record = getattr(source, "attnpatch", None) or {}
-            where = record.get("source") or "the checkpoint that it was converted from"
+            where = "the checkpoint that it was converted from"
+            if record.get("source"):
+                where += f", {record['source']}"
             raise PatchError(
                 f"the stock projections that {undo.variant!r} replaced are not in this model: they are in {where}. "
                 "Load that checkpoint, or undo only other stages: unpatch(model, stages=[...])"
@@ -565,7 +568,7 @@ def _record(model: nn.Module, spec: AttentionSpec) -> None:
     # The checkpoint that still has the stock weights, for the error that unpatch gives after a reload.
     source = (had or {}).get("source") or getattr(config, "_name_or_path", "") or None
     if source:
-        record["source"] = source
+        record["source"] = source_name(source)
     _set_record(config, record)
 
 

@@ -87,6 +87,8 @@ def verify(
     path: str | Path,
     against: str | Path | None = None,
     *,
+    revision: str | None = None,
+    against_revision: str | None = None,
     seed: int = 0,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     tolerance: float | None = None,
@@ -96,6 +98,7 @@ def verify(
 
     Args:
         path: folder or hub id. against: the checkpoint that it was converted from, for the drift.
+        revision, against_revision: branch, tag or commit of each on the hub.
         seed: of the random inputs. dtypes: in which drift is measured: float32, bfloat16, float16.
         tolerance: largest drift allowed in float32; None is 1e-5 for a conversion that keeps the function as
             `convert` noted, and no limit otherwise.
@@ -107,8 +110,8 @@ def verify(
     for name in dtypes:
         if name not in DTYPES:
             raise SpecError(unknown("dtype", name, DTYPES))
-    checkpoint = open_checkpoint(path)
-    origin = open_checkpoint(against) if against is not None else None
+    checkpoint = open_checkpoint(path, revision)
+    origin = open_checkpoint(against, against_revision) if against is not None else None
     found: list[Check] = []
     steps: list[tuple[str, Callable[[], Iterable[Check]]]] = [("checksums", lambda: [_checksums(checkpoint)])]
     loaded: list[Any] = []

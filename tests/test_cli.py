@@ -312,6 +312,45 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
         assert command in result.stdout
 
 
+def test_revisions_of_the_hub(run: Any, stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command opens the revision that it was given, of the checkpoint and of its source apart."""
+    import huggingface_hub
+
+    revisions = {
+        ("org/stock", "v1"): stock,
+        ("org/new", "expressive"): tmp_path / "a",
+        ("org/new", "neural"): tmp_path / "b",
+    }
+    asked = []
+
+    def download(name: str, *, revision: str | None = None, **rest: Any) -> str:
+        asked.append((name, revision))
+        if (name, revision) not in revisions:
+            raise huggingface_hub.errors.LocalEntryNotFoundError(f"{name} has no {revision}")
+        return str(revisions[name, revision])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    for variant, folder in (("expressive", "a"), ("neural", "b")):
+        result = run("convert", "org/stock", folder, "--variant", variant, "--revision", "v1", "--json")
+        assert (result.code, result.json["source"]) == (0, "org/stock")
+    for variant in ("expressive", "neural"):
+        assert run("inspect", "org/new", "--revision", variant, "--json").json["spec"].startswith(variant)
+    assert run("inspect", "org/new").code == 2
+    words = ["verify", "org/new", "--revision", "neural", "--against", "org/stock", "--json"]
+    assert run(*words).code == 2
+    result = run(*words, "--against-revision", "v1")
+    assert result.json["passed"] is True
+    assert result.json["spec"].startswith("neural")
+    result = run("revert", "org/new", "back", "--revision", "expressive", "--json")
+    assert result.json["spec"].startswith("expressive")
+    asked.clear()
+    words = ["--source", "org/stock", "--source-revision", "v1", "--force"]
+    assert run("revert", "org/new", "back", "--revision", "neural", *words).code == 0
+    assert asked == [("org/new", "neural"), ("org/stock", "v1")]
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (stock / "model.safetensors").read_bytes()
+
+
 def test_plain_transformers_refuses_a_converted_checkpoint(run: Any, stock: Path, tmp_path: Path) -> None:
     run("convert", stock, tmp_path / "new", "--variant", "neural")
     code = """
