@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch import _versions, files
-from attnpatch.errors import AttnpatchError, CheckpointError, SpecError, UnsupportedModelError, unknown
+from attnpatch import files
+from attnpatch.atomic import write_json, writing_aside
+from attnpatch.environment import LIBRARIES, versions
+from attnpatch.errors import AttnpatchError, CheckpointError, SpecError, UnsupportedModelError, one_line, unknown
 from attnpatch.families.base import Family, Site
 from attnpatch.files import Entry, Weights
 from attnpatch.integration import IMPLEMENTATION
@@ -478,7 +480,9 @@ def load_config(checkpoint: Checkpoint, stock: bool = False) -> Any:
         except AttnpatchError:
             raise
         except Exception as error:
-            raise CheckpointError(f"{checkpoint.folder / files.CONFIG} cannot be used: {_first(error)}") from error
+            raise CheckpointError(
+                f"{checkpoint.folder / files.CONFIG} cannot be used: {one_line(error, 240)}"
+            ) from error
     if stock and getattr(config, "attnpatch", None):
         del config.attnpatch
     return config
@@ -512,7 +516,9 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> tupl
         except AttnpatchError:
             raise
         except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(f"{checkpoint.folder}: its weights cannot be loaded: {_first(error)}") from error
+            raise CheckpointError(
+                f"{checkpoint.folder}: its weights cannot be loaded: {one_line(error, 240)}"
+            ) from error
     # A base model saved without its pooler is common; whatever else is missing would be random.
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key.split("."))
     if missing:
@@ -546,11 +552,6 @@ def quiet_transformers() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-def _first(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else text[:240] + "..."
 
 
 # --- names: a checkpoint's and the model's ----------------------------------------------------------------------
@@ -645,18 +646,7 @@ def _manifest(
         "exact": bool(report.exact and before),
         "seed": seed,
         "drift": moved.to_dict(),
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a conversion depends on."""
-    import transformers
-
-    return {
-        "attnpatch": _versions.ATTNPATCH,
-        "transformers": str(transformers.__version__),
-        "torch": str(torch.__version__),
+        "versions": versions(LIBRARIES),
     }
 
 
@@ -678,14 +668,14 @@ def _write(
         done += nbytes
         tell("write", done / max(total, 1))
 
-    with files.writing_aside(target, needed=total) as aside:
+    with writing_aside(target, needed=total) as aside:
         files.copy_small_files(checkpoint.folder, aside)
         sums = files.write_weights(aside, entries, weights.shards, weights.metadata, weights.sharded, count)
-        files.write_json(aside / files.CONFIG, config)
+        write_json(aside / files.CONFIG, config)
         if card is not None:
             (aside / files.CARD).write_text(card, encoding="utf-8")
         if manifest is not None:
-            files.write_json(aside / files.MANIFEST, {**manifest, "files": sums})
+            write_json(aside / files.MANIFEST, {**manifest, "files": sums})
         return {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
 
 
@@ -791,7 +781,7 @@ def _recover(
     try:
         module.load_state_dict(held)
     except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint.folder}: {path} does not fit its spec: {_first(error)}") from error
+        raise CheckpointError(f"{checkpoint.folder}: {path} does not fit its spec: {one_line(error, 240)}") from error
     wanted = ["weight"] + (["bias"] if layer.bias is not None else [])
     known = all(f"{path}.{name}" in recorded for name in wanted)
     # With the source's checksums at hand, any candidate can be tried; without, only what proves itself.

@@ -97,7 +97,7 @@ def variants(as_json: AsJson = False) -> None:
         return
     table = _table("stage", "variant", "what it is", "options (with their defaults)")
     for name, v in found.items():
-        options = "\n".join(f"{o['name']}={_plain(o['default'])}: {_choices(o)}" for o in describe_options(v.Options))
+        options = "\n".join(f"{o['name']}={_plain(o['default'])}: {o['doc']}" for o in describe_options(v.Options))
         table.add_row(v.stage, name, f"{v.summary}\n{v.paper}", options or "none")
     _out().print(table)
 
@@ -351,10 +351,6 @@ def _plain(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _choices(option: Mapping[str, Any]) -> str:
-    return str(option["doc"])
-
-
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in data.items():
         if isinstance(value, Mapping):
@@ -412,10 +408,10 @@ def _fail(message: str, code: int, as_json: bool) -> int:
 
 def _explain(error: BaseException) -> tuple[str, int]:
     """An exception as one sentence, with its exit code."""
-    from attnpatch.errors import AttnpatchError
+    from attnpatch.errors import AttnpatchError, one_line
 
     if isinstance(error, AttnpatchError):
-        return _sentence(error), BAD_INPUT
+        return one_line(error), BAD_INPUT
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return "interrupted; nothing half-written was left behind", INTERRUPTED
     if hasattr(error, "format_message"):
@@ -430,15 +426,11 @@ def _explain(error: BaseException) -> tuple[str, int]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return "no space left on the disk; nothing half-written was left behind", BAD_INPUT
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or _sentence(error)}", BAD_INPUT
+        return f"{where}{error.strerror or one_line(error)}", BAD_INPUT
     hint = "run it again with --debug for the traceback"
     if type(error).__module__.partition(".")[0] in ("transformers", "safetensors", "huggingface_hub", "tokenizers"):
-        return f"{_sentence(error)} ({hint})", BAD_INPUT
-    return f"unexpected {type(error).__name__}: {_sentence(error)}; {hint}", FAULT
-
-
-def _sentence(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        return f"{one_line(error)} ({hint})", BAD_INPUT
+    return f"unexpected {type(error).__name__}: {one_line(error)}; {hint}", FAULT
 
 
 def _hoist(argv: list[str]) -> list[str]:

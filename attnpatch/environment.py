@@ -1,23 +1,26 @@
-"""What `attnpatch env` shows: versions, the machine, and what is registered."""
+"""Versions and the machine: what `attnpatch env` shows, and what results and checkpoints record."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from attnpatch import _versions
 
-_PACKAGES = (
-    "torch",
-    "transformers",
+LIBRARIES = ("transformers", "torch")
+"""What a checkpoint depends on."""
+PACKAGES = (
+    *LIBRARIES,
     "tokenizers",
     "safetensors",
     "huggingface_hub",
     "accelerate",
     "datasets",
+    "evaluate",
     "peft",
     "sacrebleu",
     "sentencepiece",
@@ -27,31 +30,64 @@ _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_
 
 
 def describe() -> dict[str, Any]:
-    """Plain JSON types."""
+    """What `attnpatch env` shows, as plain JSON types."""
     import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from attnpatch.registry import families, variants
 
+    found: dict[str, Any] = versions(())
     return {
-        "attnpatch": _versions.ATTNPATCH,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        **found,
+        "packages": {name: _version(name) for name in PACKAGES},
         "supported": {name: _window(low, high) for name, (low, high) in _versions.SUPPORTED.items()},
-        "cpu": {
-            "model": _cpu_line("model name"),
-            "cores": os.cpu_count(),
-            "torch threads": torch.get_num_threads(),
-            "features": [flag for flag in _CPU_FLAGS if flag in (_cpu_line("flags") or "").split()],
-            "memory (GB)": _memory(),
-        },
-        "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or None,
+        "machine": machine(),
         "cuda": torch.version.cuda,
         "families": {name: list(family.model_types) for name, family in families().items()},
         "variants": {name: variant.stage for name, variant in variants().items()},
         "attention backends": sorted(ALL_ATTENTION_FUNCTIONS.keys()),
     }
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Versions of attnpatch, of Python and of the packages that are installed."""
+    found = {"attnpatch": _versions.ATTNPATCH, "python": platform.python_version()}
+    return found | {name: version for name in packages if (version := _version(name)) is not None}
+
+
+def machine() -> dict[str, Any]:
+    """The hardware in words, without the host's name."""
+    import torch
+
+    flags = (_cpu_line("flags") or "").split()
+    return {
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_line("model name") or "unknown",
+        "cores": os.cpu_count(),
+        "cpus": available_cpus(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_features": [flag for flag in _CPU_FLAGS if flag in flags],
+        "bf16_instructions": cpu_has_bf16(),
+        "memory_gb": _memory(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def available_cpus() -> int:
+    """CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices in hardware (AMX or AVX512-BF16). Without that, bf16 on CPU is
+    emulated and several times slower than float32."""
+    import torch
+
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(bool(getattr(torch.cpu, name)()) for name in checks if hasattr(torch.cpu, name))
 
 
 def _version(package: str) -> str | None:

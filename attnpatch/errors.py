@@ -30,6 +30,12 @@ class VersionError(AttnpatchError, ImportError):
     """transformers or torch outside the supported window."""
 
 
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """An exception's message on one line, cut after `limit` characters; the exception's name where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if limit is None or len(text) <= limit else text[:limit] + "..."
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, or None when nothing is similar."""
     matches = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)

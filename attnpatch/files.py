@@ -1,4 +1,4 @@
-"""Checkpoints as files: weights read and written tensor by tensor, folders written aside and put in place.
+"""Checkpoints as files: weights read and written tensor by tensor, and what may be replaced.
 
 Conversion copies every tensor that it does not replace byte for byte, whatever its dtype and whether or not the
 model class knows it. Only a few megabytes are in memory at a time.
@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import pickle
 import shutil
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnpatch.errors import CheckpointError
+from attnpatch.atomic import write_json
+from attnpatch.errors import CheckpointError, one_line
 
 CONFIG = "config.json"
 MANIFEST = "attnpatch_manifest.json"
@@ -210,7 +208,7 @@ def _read_safetensors(path: Path, shard: str, seen: Any) -> tuple[dict[str, Entr
     except (SafetensorError, ValueError, struct.error) as error:
         size = path.stat().st_size
         raise CheckpointError(
-            f"{path} is damaged ({size:,} bytes; {_sentence(error)}): copy or download it again"
+            f"{path} is damaged ({size:,} bytes; {one_line(error, 200)}): copy or download it again"
         ) from error
     metadata = header.pop("__metadata__", None) or {}
     entries = {}
@@ -271,14 +269,14 @@ def load_bin(path: Path) -> dict[str, Any]:
                     f"{path} holds code or objects besides weights, and attnpatch never runs what a checkpoint brings: "
                     "get the safetensors form, or convert the file in a place where you trust it"
                 ) from error
-            raise CheckpointError(f"{path} is damaged: {_sentence(error)}") from error
+            raise CheckpointError(f"{path} is damaged: {one_line(error, 200)}") from error
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, struct.error) as error:
             if isinstance(error, OSError) and error.errno != errno.EINVAL:
                 raise  # the disk's fault and not the file's
             # Files older than PyTorch 1.6 cannot be mapped into memory.
             if mmap and "mmap" in str(error):
                 continue
-            raise CheckpointError(f"{path} is damaged: {_sentence(error)}") from error
+            raise CheckpointError(f"{path} is damaged: {one_line(error, 200)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, where a mapping of names to tensors belongs")
     return state
@@ -386,15 +384,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged: not valid JSON ({_sentence(error)})") from error
+        raise CheckpointError(f"{path} is damaged: not valid JSON ({one_line(error, 200)})") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is damaged: it holds a {type(data).__name__} where an object belongs")
     return data
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Readable JSON, as transformers writes it."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_small_files(source: Path, target: Path) -> list[str]:
@@ -425,7 +418,7 @@ def _module_folders(source: Path) -> list[str]:
         modules = json.loads(path.read_text(encoding="utf-8"))
         parts = [str(module["path"]) for module in modules]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {_sentence(error)}") from error
+        raise CheckpointError(f"{path} is damaged: {one_line(error, 200)}") from error
     return [part for part in parts if part and Path(part).name == part and (source / part).is_dir()]
 
 
@@ -458,83 +451,3 @@ def check_target(target: Path, force: bool, sources: Iterable[Path] = ()) -> Non
             f"target {target} is not empty and holds no checkpoint ({CONFIG} is missing); it is not replaced even with "
             "--force: remove it yourself, or choose another target"
         )
-
-
-@contextmanager
-def writing_aside(target: Path, needed: int = 0) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place at the end of the block, or vanishes after an exception.
-
-    Args:
-        target: checked by `check_target` before; what it holds is removed only after the new one stands.
-        needed: bytes that will be written; too little space stops here.
-
-    Raises:
-        CheckpointError: no space, or the place cannot be written.
-    """
-    target = Path(os.path.abspath(target))
-    if target.is_symlink():
-        target = target.resolve()
-    parent = target.parent
-    made = _missing_parents(parent)
-    aside: Path | None = None
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-        if needed > free:
-            raise CheckpointError(f"no space for {target}: it needs {_size(needed)}, and {_size(free)} are free there")
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.attnpatch-", dir=parent))
-        yield aside
-        umask = os.umask(0)
-        os.umask(umask)
-        aside.chmod(0o777 & ~umask)
-        _put_in_place(aside, target)
-    except BaseException as error:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-        for folder in made:
-            _remove_if_empty(folder)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(
-                f"no space left while writing {target}; nothing was left behind. Free some space first"
-            ) from error
-        raise
-
-
-def _put_in_place(aside: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        if target.exists():
-            target.rmdir()
-        aside.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-    old.rmdir()
-    target.rename(old)
-    try:
-        aside.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _missing_parents(folder: Path) -> list[Path]:
-    missing = []
-    while not folder.exists():
-        missing.append(folder)
-        folder = folder.parent
-    return missing
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
-def _sentence(error: BaseException) -> str:
-    """The first line of an exception's message."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."

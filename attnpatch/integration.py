@@ -210,9 +210,9 @@ def _refuse_stock(what: str) -> NoReturn:
     from attnpatch.errors import SpecError
 
     raise SpecError(
-        f"attn_implementation={IMPLEMENTATION!r} chooses no variant, and {what} is stock: use attnpatch.patch(model, "
-        "'neural'), or from_pretrained(..., config=attnpatch.patch_config(config, 'neural')), or attnpatch.convert(src, "
-        "dst, 'neural')"
+        f"attn_implementation={IMPLEMENTATION!r} chooses no variant, and {what} is stock: use "
+        "attnpatch.patch(model, 'neural'), or from_pretrained(..., config=attnpatch.patch_config(config, 'neural')), "
+        "or attnpatch.convert(src, dst, 'neural')"
     )
 
 

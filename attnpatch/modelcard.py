@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from attnpatch import _versions
+from attnpatch.environment import LIBRARIES, versions
 from attnpatch.files import CARD
 from attnpatch.probes import Drift
-from attnpatch.registry import variants
+from attnpatch.registry import variants as registered
 from attnpatch.report import PatchReport
 
 _KEPT = ("language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "datasets")
@@ -50,15 +50,12 @@ def model_card(
         spec: the resolved spec in words. report, drift: what the conversion did and changed.
         model_class, dtype, seed: as in `ConvertReport`.
     """
-    import torch
-    import transformers
-
     names = list(dict.fromkeys(change.variant for change in report.changes))
     head: dict[str, Any] = {key: source_card[key] for key in _KEPT if key in source_card}
     head["base_model"] = source
     tags = source_card.get("tags")
     head["tags"] = list(dict.fromkeys([*(tags if isinstance(tags, list) else []), "attnpatch", *names]))
-    known = variants()
+    known = registered()
     share = 100 * report.parameters_added / max(report.parameters_before, 1)
     rows = [
         ("source", f"`{source}`"),
@@ -68,10 +65,7 @@ def model_card(
         ("drift of the outputs", f"max {drift.max:.2e}, mean {drift.mean:.2e} (float32, random padded tokens)"),
         ("parameters", f"{report.parameters_before:,} {report.parameters_added:+,} ({share:+.1f} %)"),
         ("weights", dtype),
-        (
-            "written by",
-            f"attnpatch {_versions.ATTNPATCH}, transformers {transformers.__version__}, torch {torch.__version__}",
-        ),
+        ("written by", ", ".join(f"{name} {version}" for name, version in versions(LIBRARIES).items())),
     ]
     methods = [f"- `{name}`: {known[name].summary} ({known[name].paper})" for name in names if name in known]
     auto = _auto_class(model_class)

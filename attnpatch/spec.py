@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from attnpatch.errors import SpecError, unknown
+from attnpatch.errors import SpecError, one_line, unknown
 from attnpatch.families.base import SITE_KINDS, Family
 from attnpatch.methods.base import INITS
 from attnpatch.options import build_options
@@ -271,7 +271,7 @@ def _load_yaml(text: str, what: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise SpecError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise SpecError(f"{what} is not valid YAML: {one_line(error)}") from None
 
 
 def _rule_from_mapping(data: Mapping[str, Any]) -> Rule:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -266,32 +265,10 @@ def _label(spec: dict[str, Any]) -> str:
     return f"{spec['variant']}({options})"
 
 
-def machine() -> dict[str, Any]:
-    import torch
-    import transformers
+def about() -> dict[str, Any]:
+    from attnpatch.environment import LIBRARIES, machine, versions
 
-    import attnpatch
-
-    cpu = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown"
-    )
-    return {
-        "date": date.today().isoformat(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "platform": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "attnpatch": attnpatch.__version__,
-    }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+    return {"date": date.today().isoformat(), **machine(), **versions(LIBRARIES)}
 
 
 def main() -> None:
@@ -311,14 +288,13 @@ def main() -> None:
     for name in chosen:
         if name not in parts:
             parser.error(f"unknown part {name!r}; known: {', '.join(parts)}")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    from attnpatch.atomic import write_json
+
     results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for name in chosen:
         print(f"measuring {name}", file=sys.stderr)
-        results[name] = parts[name]() | {"machine": machine()}
-        aside = arguments.out.with_suffix(".part")
-        aside.write_text(json.dumps(results, indent=1) + "\n")
-        aside.replace(arguments.out)
+        results[name] = parts[name]() | {"machine": about()}
+        write_json(arguments.out, results)
     print(f"wrote {arguments.out}", file=sys.stderr)
 
 

@@ -23,7 +23,8 @@ from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer
 
 import attnpatch
-from attnpatch.training.files import write_json
+from attnpatch.atomic import write_json
+from attnpatch.environment import LIBRARIES, versions
 
 SPECS = ("neural", "linear", "expressive", "polynomial", "elu", "top_r", "value_aware", "query_value", "alignment")
 COMPOSED = "neural+expressive+alignment"
@@ -94,7 +95,7 @@ def main() -> int:
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "source_parameters": sum(t.numel() for t in load_file(arguments.source / "model.safetensors").values()),
-        "versions": {"attnpatch": attnpatch.__version__, "torch": torch.__version__},
+        "versions": versions(LIBRARIES),
         "variants": {},
     }
     if pairs is not None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, GPT2Config
 
 import attnpatch
-from attnpatch import files
+from attnpatch import atomic, files
 from attnpatch.checkpoint import load_model, open_checkpoint
 from attnpatch.errors import AttnpatchError, CheckpointError, PatchError, SpecError, UnsupportedModelError
 from attnpatch.probes import drift, length_for, make_probe, outputs_of
@@ -786,9 +786,25 @@ def test_old_target_comes_back_when_the_new_one_cannot_take_its_place(
     assert {p.name for p in tmp_path.iterdir()} == {"stock", "old"}
 
 
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "results.json"
+    atomic.write_json(path, {"a": "é"})
+    with pytest.raises(TypeError):
+        atomic.write_json(path, {"a": object()})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        atomic.write_json(path, {"a": 2})
+    assert path.read_text(encoding="utf-8") == '{\n  "a": "é"\n}\n'
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_too_little_space_is_seen_before(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(CheckpointError, match="no space for"):
         attnpatch.convert(stock, tmp_path / "new", "neural")
     assert {p.name for p in tmp_path.iterdir()} == {"stock"}

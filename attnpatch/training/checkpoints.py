@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from attnpatch.atomic import write_json
 from attnpatch.training.errors import TrainingError
-from attnpatch.training.files import read_json, write_json
+from attnpatch.training.files import read_json
 
 MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
@@ -26,7 +27,7 @@ def mark_complete(folder: str | Path, record: dict[str, Any]) -> None:
     """Declares a checkpoint whole and keeps `record` (times, tokens) with it. To be called after all its files."""
     folder = Path(folder)
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file() and p.name != MARKER}
-    write_json(folder / MARKER, {"files": files, "record": record})
+    write_json(folder / MARKER, {"files": files, "record": record}, default=str)
 
 
 def is_complete(folder: str | Path) -> bool:

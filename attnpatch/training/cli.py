@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from attnpatch.errors import AttnpatchError
+from attnpatch.errors import AttnpatchError, one_line
 
 FAILED, INTERRUPTED = 2, 130
 
@@ -54,5 +54,5 @@ def _is_disk(error: BaseException) -> bool:
 def _failed(error: BaseException, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     return FAILED

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from attnpatch.errors import unknown
+from attnpatch.errors import one_line, unknown
 from attnpatch.training.errors import ConfigError
 
 T = TypeVar("T")
@@ -210,7 +210,7 @@ def load_config(cls: type[T], path: str | Path | None, overrides: Sequence[str] 
         try:
             loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"{path} is not valid YAML: {one_line(error)}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"{path} must hold a mapping of sections, not a {type(loaded).__name__}")
         tree = loaded or {}
@@ -226,7 +226,7 @@ def _override(tree: dict[str, Any], word: str) -> None:
     try:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError as error:
-        raise ConfigError(f"the value in {word!r} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"the value in {word!r} is not valid YAML: {one_line(error)}") from error
     *sections, last = key.strip().split(".")
     node = tree
     for section in sections:

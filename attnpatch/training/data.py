@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attnpatch.errors import one_line
 from attnpatch.training.config import DataConfig
 from attnpatch.training.errors import DataError
 from attnpatch.training.files import sha256_file, sha256_lines
@@ -200,7 +201,7 @@ def _load_hub(config: DataConfig, entry: Any) -> ParallelText:
             str(config.hub_id), data_files={hub_split: pattern}, revision=revision, split=hub_split
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error, 300)
         raise DataError(
             f"cannot read {pattern} of the hub data set {config.hub_id} (revision {revision}): {reason}; without a "
             "network, use a local copy: unset data.hub_id and give data.dir and data.train"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnpatch.environment import machine, versions
 from attnpatch.spec import AttentionSpec
 from attnpatch.training.batching import IGNORE, TranslationCollator, length_batches
 from attnpatch.training.config import MarianTrainingConfig, at_least, one_of
@@ -27,7 +28,6 @@ from attnpatch.training.files import sha256_file
 from attnpatch.training.grammar import SYNTHETIC_NOTICE, write_corpus
 from attnpatch.training.marian import run, use_bf16
 from attnpatch.training.metrics import score_translations
-from attnpatch.training.results import machine, versions
 from attnpatch.training.tokenizer import encode, load_tokenizer
 
 TOLERANCE = 1e-5

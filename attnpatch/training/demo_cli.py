@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnpatch.errors import AttnpatchError
+from attnpatch.errors import AttnpatchError, one_line
 
 CHANGED, FAILED, INTERRUPTED = 1, 2, 130
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str], default_config: Path, usage: str | None = None) ->
     except (AttnpatchError, OSError) as error:
         if debug:
             traceback.print_exception(error)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return FAILED
     if not result.failed:
         return 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from attnpatch.training.files import write_json, write_text
+from attnpatch.atomic import write_json, write_text
 
 if TYPE_CHECKING:
     from attnpatch.training.demo import DemoResult, Row
@@ -44,7 +44,7 @@ def write_report(result: DemoResult, out: Path) -> None:
         console.print(line, markup=False, highlight=False)
     write_text(out / "table.md", _markdown(result))
     write_plot(result, out)
-    write_json(out / "results.json", result.to_dict())
+    write_json(out / "results.json", result.to_dict(), default=str)
     console.print(
         f"{result.seconds:.0f} s in all. Written to {out}: results.json, table.md, bleu.png, bleu.svg",
         markup=False,

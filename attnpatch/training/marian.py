@@ -14,23 +14,18 @@ from typing import Any
 
 import torch
 
+from attnpatch.atomic import write_json, write_text, writing_aside
 from attnpatch.auxiliary import has_loss_hooks
+from attnpatch.environment import available_cpus, cpu_has_bf16, machine, versions
 from attnpatch.errors import unknown
 from attnpatch.training.batching import SentenceBatchSampler, TokenBatchSampler, TranslationCollator
 from attnpatch.training.checkpoints import last_complete, load_weights, read_record
 from attnpatch.training.config import MarianTrainingConfig
 from attnpatch.training.data import ParallelText, load_split, merge
 from attnpatch.training.errors import ConfigError, TrainingError
-from attnpatch.training.files import folder_aside, read_json, write_json, write_text
+from attnpatch.training.files import read_json
 from attnpatch.training.modeling import build_model
-from attnpatch.training.results import (
-    available_cpus,
-    count_parameters,
-    cpu_has_bf16,
-    machine,
-    versions,
-    write_results,
-)
+from attnpatch.training.results import count_parameters, write_results
 from attnpatch.training.tokenizer import build_tokenizer, encode, load_tokenizer
 
 RUN_FILE = "run.json"
@@ -88,7 +83,7 @@ def run(config: MarianTrainingConfig) -> dict[str, Any]:
     trained = _train(trainer, checkpoint, say)
     final = _final_weights(config, trainer, out, trained, say)
     if state.is_main_process:
-        with folder_aside(out / "model") as folder:
+        with writing_aside(out / "model") as folder:
             trainer.model.save_pretrained(str(folder))
             tokenizer.save_pretrained(str(folder))
     state.wait_for_everyone()
@@ -178,7 +173,7 @@ def _resume_point(config: MarianTrainingConfig, out: Path, train: ParallelText, 
     state.wait_for_everyone()
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / RUN_FILE, identity)
+        write_json(out / RUN_FILE, identity, default=str)
     return checkpoint
 
 

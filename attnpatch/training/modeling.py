@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attnpatch.errors import CheckpointError, unknown
+from attnpatch.errors import CheckpointError, one_line, unknown
 from attnpatch.training.config import MarianTrainingConfig
 from attnpatch.training.errors import ConfigError, TrainingError
 
@@ -113,7 +113,7 @@ def _from_checkpoint(config: MarianTrainingConfig) -> Any:
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise CheckpointError(f"cannot load the model {path}: {reason}") from error
 
 

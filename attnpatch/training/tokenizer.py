@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from attnpatch.atomic import write_json, writing_aside
+from attnpatch.errors import one_line
 from attnpatch.training.config import TokenizerConfig
 from attnpatch.training.errors import ConfigError, TrainingError
-from attnpatch.training.files import folder_aside, read_json, sha256_lines, write_json
+from attnpatch.training.files import read_json, sha256_lines
 
 CACHE_FILE = "made_from.json"
 EOS, UNK, PAD = "</s>", "<unk>", "<pad>"
@@ -28,7 +30,7 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> Any:
         try:
             return AutoTokenizer.from_pretrained(str(path), **kwargs)
         except (OSError, ValueError) as error:
-            raise TrainingError(f"no usable tokenizer at {path}: {' '.join(str(error).split())[:300]}") from error
+            raise TrainingError(f"no usable tokenizer at {path}: {one_line(error, 300)}") from error
 
 
 def build_tokenizer(
@@ -55,7 +57,7 @@ def build_tokenizer(
             return load_tokenizer(folder)
     except (OSError, json.JSONDecodeError):
         pass
-    with folder_aside(folder) as aside:
+    with writing_aside(folder) as aside:
         _train(config, sources, targets, aside, languages, model_max_length)
         write_json(aside / CACHE_FILE, key)
     return load_tokenizer(folder)
@@ -125,7 +127,7 @@ def _sentencepiece(config: TokenizerConfig, lines: Sequence[str]) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(
             f"SentencePiece cannot train tokenizer.type={config.type} with tokenizer.vocab_size={config.vocab_size} "
             f"on {len(lines)} sentences: {reason[-200:]}; choose another vocab_size"
