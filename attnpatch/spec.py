@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -18,13 +18,8 @@ from attnpatch.options import build_options
 from attnpatch.registry import get_variant
 from attnpatch.stages import STAGES
 
-if TYPE_CHECKING:
-    from attnpatch.methods.base import Variant
-
 FORMAT = 1
 """Version of the serialised form. Raise it when an older reader would misunderstand a newer spec."""
-
-SpecLike = "AttentionSpec | str | Mapping[str, Any] | Sequence[Any] | None"
 
 
 @dataclass(frozen=True)
@@ -225,10 +220,6 @@ class AttentionSpec:
     def same_attention(self, other: AttentionSpec) -> bool:
         """Whether both build the same modules (the initialisation aside)."""
         return [r.to_dict() for r in self.rules] == [r.to_dict() for r in other.rules]
-
-    def variants(self) -> dict[str, Variant]:
-        """Every variant named anywhere in the spec."""
-        return {name: get_variant(name) for rule in self.rules for name in rule.variants}
 
     def __bool__(self) -> bool:
         return bool(self.rules)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import attnpatch
 from attnpatch.training.batching import IGNORE, SentenceBatchSampler, TranslationCollator
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.trainer import TranslationTrainer, token_loss
@@ -182,8 +183,6 @@ def test_auxiliary_loss_counts_once(
 
 
 def test_auxiliary_loss_of_a_patched_model_reaches_the_loss_once(tmp_path: Path) -> None:
-    attnpatch = pytest.importorskip("attnpatch")
-    pytest.importorskip("attnpatch.patching")
     model = tiny_model()
     attnpatch.patch(model, "alignment")
     data = rows(8)

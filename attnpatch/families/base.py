@@ -54,7 +54,6 @@ class Family:
                 family=self,
                 num_heads=int(getattr(module, self.num_heads)),
                 head_dim=int(getattr(module, self.head_dim)),
-                is_causal=bool(getattr(module, "is_causal", kind == "decoder")),
             )
 
     def projection_path(self, site_path: str, role: str) -> str:
@@ -89,7 +88,6 @@ class Site:
     family: Family
     num_heads: int
     head_dim: int
-    is_causal: bool
 
     @property
     def embed_dim(self) -> int:

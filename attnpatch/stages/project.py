@@ -3,8 +3,3 @@
 The stock form is the `nn.Linear` that the model came with. A variant puts a module of its own in its place,
 called as the linear was: [..., in_features] -> [..., out_features].
 """
-
-from __future__ import annotations
-
-ROLES = ("query", "key", "value", "output")
-"""What a projection is for. Families map each role to the attribute that holds it."""

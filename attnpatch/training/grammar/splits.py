@@ -85,10 +85,3 @@ def table(split: str) -> Table:
                     if combination_split(noun.lemma, who.lemma) == split:
                         result.professions.append((noun, who))
     return result
-
-
-def word_combinations(split: str) -> int:
-    """Number of combinations in `split`."""
-    entries = table(split)
-    count = sum(len(values) for values in entries.fillers.values())
-    return count + len(entries.predicates) + len(entries.professions)
