@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-import importlib.util
+import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from models import masked_lm, tokens
-from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
 
 import attnpatch
 from attnpatch import registry
 from attnpatch.errors import SpecError, UnsupportedModelError
-from attnpatch.families.base import Family, Site
+from attnpatch.families.base import Family
 from attnpatch.methods.base import StageVariant
-from attnpatch.options import option
-from attnpatch.stages.select import SelectStage
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "bart_family.py"
+ROOT = Path(__file__).parent.parent
+EXAMPLE, GUIDE = ROOT / "examples" / "bart_family.py", ROOT / "docs" / "extending.md"
 
 
-@pytest.fixture
-def bart() -> Iterator[Any]:
+FAMILY, VARIANT = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+"""The guide's two blocks of code, which the tests run as they stand there."""
+
+
+def run_as_module(name: str, code: str) -> ModuleType:
+    module = ModuleType(name)
+    sys.modules[name] = module
+    exec(compile(code, name, "exec"), module.__dict__)
+    return module
+
+
+@pytest.fixture(params=["example", "guide"])
+def bart(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A small BART, with the family registered for the length of the test."""
-    loader = importlib.util.spec_from_file_location("bart_family", EXAMPLE)
-    assert loader is not None
-    assert loader.loader is not None
-    loader.loader.exec_module(importlib.util.module_from_spec(loader))
+    run_as_module("bart_family", EXAMPLE.read_text(encoding="utf-8") if request.param == "example" else FAMILY)
     model = BartForConditionalGeneration(
         BartConfig(
             vocab_size=64,
@@ -110,47 +116,18 @@ def test_names_that_are_taken(bart: Any) -> None:
         attnpatch.register_family(Family("mine", ("bert",), {}, {}, "h", "d"))
 
 
-class Window(SelectStage):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, weights: Tensor, value: Tensor) -> Tensor:
-        queries, keys = weights.shape[-2:]
-        offset = keys - queries
-        near = weights.new_ones(queries, keys).triu(offset - self.width).tril(offset + self.width)
-        kept = weights * near
-        return kept / kept.sum(-1, keepdim=True).clamp(min=1e-20)
-
-
-@dataclass(frozen=True)
-class WindowOptions:
-    width: int = option(1, "keys seen to either side", check=lambda x: x >= 0, rule="zero or more")
-
-
-class WindowVariant(StageVariant):
-    name = "window"
-    stage = "select"
-    summary = "keys within a window around the query"
-    paper = "none"
-    Options = WindowOptions
-    site_kinds = ("encoder", "decoder")
-
-    def build(self, options: WindowOptions, site: Site) -> Window:
-        return Window(options.width)
-
-
 @pytest.fixture
-def window() -> Iterator[None]:
-    attnpatch.register_variant(WindowVariant)
-    yield
+def window() -> Iterator[ModuleType]:
+    """The guide's variant, registered for the length of the test."""
+    yield run_as_module("window_variant", VARIANT)
     del registry._variants["window"]
+    sys.modules.pop("window_variant", None)
 
 
-def test_a_variant_of_ones_own(window: None, tmp_path: Path) -> None:
+def test_a_variant_of_ones_own(window: ModuleType, tmp_path: Path) -> None:
     assert "window" in attnpatch.variants()
     model = masked_lm("marian")
-    report = attnpatch.patch(model, "window+expressive+query_value")
+    report = attnpatch.patch(model, {"window": {"width": 1}, "expressive": {}, "query_value": {}})
     assert any("window is not defined for cross" in note for note in report.notes)
     ids = tokens(2, 7)
     attentions = model(input_ids=ids, decoder_input_ids=ids, output_attentions=True)
@@ -167,7 +144,7 @@ def test_a_variant_of_ones_own(window: None, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="zero or more"):
         attnpatch.AttentionSpec.parse({"window": {"width": -1}})
     with pytest.raises(SpecError, match="registered already"):
-        attnpatch.register_variant(WindowVariant)
+        attnpatch.register_variant(window.WindowVariant)
     with pytest.raises(SpecError, match="window is not defined for cross"):
         attnpatch.patch(masked_lm("marian"), "window", sites="cross")
 
@@ -180,4 +157,4 @@ def test_variants_that_cannot_be() -> None:
         ({"name": "odd", "Options": int}, "must be a dataclass"),
     ):
         with pytest.raises(SpecError, match=words):
-            attnpatch.register_variant(type("Odd", (WindowVariant,), change))
+            attnpatch.register_variant(type("Odd", (StageVariant,), {"stage": "select", **change}))
