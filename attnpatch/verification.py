@@ -19,10 +19,9 @@ from attnpatch.checkpoint import Checkpoint, load_model, open_checkpoint, quiet_
 from attnpatch.errors import AttnpatchError, CheckpointError, SpecError, unknown
 from attnpatch.methods.base import ProjectVariant
 from attnpatch.patching import patched_modules, plan_of
-from attnpatch.pipeline import pipeline_of
 from attnpatch.probes import Probe, collect, drift, length_for, make_probe, outputs_of, parameters_of, random_tokens
-from attnpatch.registry import find_sites
-from attnpatch.spec import AttentionSpec
+from attnpatch.registry import find_sites, get_variant
+from attnpatch.spec import AttentionSpec, Rule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -229,8 +228,7 @@ def _left_padding(model: Any, probe: Probe, reference: Mapping[str, Tensor], ext
     for key, fill in (("input_ids", _pad(model)), ("attention_mask", 0)):
         value = moved[key]
         moved[key] = torch.cat([value.new_full((len(value), extra), fill), value], dim=1)
-    # RoBERTa counts from pad_token_id + 1, and gives padding the position pad_token_id.
-    first = _pad(model) + 1 if model.config.model_type == "roberta" else 0
+    first = find_sites(model)[0].family.first_position(model.config)
     moved["position_ids"] = (moved["attention_mask"].cumsum(1) - 1 + first).clamp(min=0)
     valid = torch.cat([probe.valid.new_zeros(len(mask), extra), probe.valid], dim=1)
     gap = drift(reference, outputs_of(model, replace(probe, inputs=moved, valid=valid))).max
@@ -391,9 +389,9 @@ def _gradients(model: Any, seed: int) -> Iterator[Check]:
     if not new:
         yield Check(name, SKIPPED, detail="the spec adds no parameters")
         return
-    pipelines = [p for p in map(pipeline_of, model.modules()) if p is not None]
-    if any(getattr(p.select, "selector", None) == "oracle" for p in pipelines):
-        yield Check(name, SKIPPED, detail="the oracle of value_aware is for inference and has no gradient, by design")
+    closed = [str(Rule({n: r.variants[n]})) for r in _spec_of(model).rules for n in r.variants if not _trains(r, n)]
+    if closed:
+        yield Check(name, SKIPPED, detail=f"{closed[0]} is for inference and has no gradient, by design")
         return
     probe = make_probe(model, seed)
     with _trainable(model, new):
@@ -405,6 +403,14 @@ def _gradients(model: Any, seed: int) -> Iterator[Check]:
         bad = [key for key, p in new.items() if not _is_sound(key, p.grad)]
     detail = f"{len(new)} tensors" if not bad else f"none, zero or not finite at {', '.join(bad[:3])}"
     yield _bounded(name, float(len(bad)), 0.0, detail)
+
+
+def _spec_of(model: Any) -> AttentionSpec:
+    return AttentionSpec.from_dict(model.config.attnpatch)
+
+
+def _trains(rule: Rule, name: str) -> bool:
+    return get_variant(name).trains(rule.options(name))
 
 
 def _is_sound(key: str, gradient: Tensor | None) -> bool:
@@ -458,7 +464,7 @@ def _new_parameters(model: Any) -> dict[str, nn.Parameter]:
     # A re-initialised linear layer has the name of the one that it replaces.
     replaced = []
     found = find_sites(stock)
-    for planned in plan_of(stock, AttentionSpec.from_dict(record).resolved(found[0].family), found):
+    for planned in plan_of(stock, _spec_of(model).resolved(found[0].family), found):
         if isinstance(planned.variant, ProjectVariant):
             site = planned.site
             roles = planned.variant.roles(planned.options)

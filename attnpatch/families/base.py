@@ -30,6 +30,7 @@ class Family:
             the attention module; a leading "../" steps up to the module that holds it.
         num_heads, head_dim: names of the attention module's attributes.
         defaults: variant name -> option defaults that suit this family.
+        first_position: config -> the position id of a sequence's first token.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Family:
     num_heads: str
     head_dim: str
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    first_position: Callable[[Any], int] = lambda config: 0
 
     def sites(self, model: nn.Module) -> Iterator[Site]:
         """Every attention module of `model` that belongs to this family, in the model's order."""

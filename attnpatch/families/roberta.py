@@ -26,5 +26,7 @@ ROBERTA = register_family(
         num_heads="num_attention_heads",
         head_dim="attention_head_size",
         defaults={"neural": {"preset": "roberta"}, "linear": {"preset": "roberta"}},
+        # Padding has the position pad_token_id.
+        first_position=lambda config: 1 + (config.pad_token_id or 0),
     )
 )

@@ -58,6 +58,10 @@ class Variant:
         """Sequence length from which on the method can differ from the stock form; measurements are made beyond."""
         return 1
 
+    def trains(self, options: Any) -> bool:
+        """Whether gradients pass through it; False for what is for inference only."""
+        return True
+
     def flops(self, options: Any, site: Site, tokens: int) -> int:
         """FLOPs (a multiplication and an addition are two) added to one forward pass over `tokens` tokens."""
         return 0

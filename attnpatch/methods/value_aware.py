@@ -130,6 +130,9 @@ class ValueAware(StageVariant):
         r = site.head_dim + 1 if options.r is None else options.r
         return 1 if options.selector == "oracle" and r > site.head_dim else r + 1
 
+    def trains(self, options: ValueAwareOptions) -> bool:
+        return options.selector != "oracle"
+
     def build(self, options: ValueAwareOptions, site: Site) -> ValueAwareSelection:
         r = site.head_dim + 1 if options.r is None else options.r
         return ValueAwareSelection(r, options.selector, options.swaps)
