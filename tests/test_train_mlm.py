@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pyarrow import parquet
 from attnpatch.training.batching import IGNORE
 from attnpatch.training.blocks import BlockCollator, FixedBlocks, make_blocks
 from attnpatch.training.bpe import build_byte_level, load_fast_tokenizer
+from attnpatch.training.checkpoints import last_complete, step_of
 from attnpatch.training.cli import main
 from attnpatch.training.config import load_config
 from attnpatch.training.errors import ConfigError, DataError, RunPaused, TrainingError
@@ -441,3 +443,29 @@ def test_two_processes_equal_two_accumulated_batches(data: Path, tmp_path: Path)
     assert one["scores"]["test.txt"]["predicted_tokens"] == two["scores"]["test.txt"]["predicted_tokens"]
     assert one["scores"]["test.txt"]["loss"] == pytest.approx(two["scores"]["test.txt"]["loss"], rel=1e-5)
     assert one["final_train_loss"] == pytest.approx(two["final_train_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of an epoch, then the same command again."""
+    more = ("training.max_steps=40", "training.evaluate_every=5", "training.save_every=5", "model.dropout=0.3")
+    whole = train(data, tmp_path / "whole", *more)
+    out = tmp_path / "killed"
+    command = [sys.executable, str(SCRIPT), *TINY, f"data.dir={data}", f"output.dir={out}", *more]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while last_complete(out) is None or step_of(last_complete(out) or out) < 10:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert not (out / "results.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    resumed = json.loads((out / "results.json").read_text())
+    assert len(resumed["resumed_at"]) == 1
+    assert resumed["final_train_loss"] == whole["final_train_loss"]
+    assert resumed["scores"]["test.txt"]["loss"] == whole["scores"]["test.txt"]["loss"]
+    one, two = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(one[name], two[name]) for name in one)
