@@ -329,7 +329,9 @@ def test_evaluation_does_not_depend_on_batches_or_seed(data: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("how", ["stopped", "paused"])
-def test_resume_is_bitwise(data: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_is_bitwise(
+    data: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from attnpatch.training.run_trainer import RunTrainer
 
     more = ("training.max_steps=29", "training.evaluate_every=6", "training.save_every=6", "model.dropout=0.3")
@@ -352,8 +354,10 @@ def test_resume_is_bitwise(data: Path, tmp_path: Path, how: str, monkeypatch: py
         with pytest.raises(RunPaused, match="paused at step 1 of 29"):
             train(data, out, *more, "training.stop_after_minutes=0")
         assert not (out / "results.json").exists()
-        with pytest.raises(RunPaused, match="paused at step 2 of 29"):
-            train(data, out, *more, "training.stop_after_minutes=0")
+        where = ("attnpatch.training.mlm_config:MLMTrainingConfig", "attnpatch.training.mlm:run")
+        words = [*TINY, f"data.dir={data}", f"output.dir={out}", *more, "training.stop_after_minutes=0"]
+        assert main(words, None, *where) == 75
+        assert "paused at step 2 of 29; the same command goes on" in capsys.readouterr().err
     part = train(data, out, *more)
     assert part["resumed_at"] == ([12] if how == "stopped" else [1, 2])
     assert part["scores"]["test.txt"]["loss"] == whole["scores"]["test.txt"]["loss"]

@@ -16,7 +16,7 @@ def pyplot() -> Any:
 
     matplotlib.use("Agg")
     # Text stays text in an SVG, and its ids do not change from one run to the next.
-    matplotlib.rcParams.update({"svg.hashsalt": "attnpatch", "svg.fonttype": "none", "font.size": 9})
+    matplotlib.rcParams.update({"svg.hashsalt": "attnpatch", "svg.fonttype": "none"})
     from matplotlib import pyplot as plt
 
     return plt
