@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from attnpatch.atomic import write_json, write_text
 from attnpatch.experiments import figures
 from attnpatch.experiments.records import STOCK, Metric, Run, find_results, group, load_runs, metrics_of
 from attnpatch.experiments.statistics import TEST, Comparison, compare, summary
-from attnpatch.training.files import write_json, write_text
 
 MANY_METRICS = 12
 """Beyond so many (the cells of a grid), only the first has a table; all are in report.json."""
@@ -74,7 +74,7 @@ def write_report(paths: Iterable[str | Path], output: str | Path) -> dict[str, A
         "experiments": {section.experiment: _to_dict(section) for section in sections},
     }
     write_text(out / "report.md", _markdown(sections))
-    write_json(out / "report.json", document)
+    write_json(out / "report.json", document, default=str)
     return document
 
 

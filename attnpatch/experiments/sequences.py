@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from attnpatch.atomic import write_json
 from attnpatch.auxiliary import has_loss_hooks
+from attnpatch.environment import machine, versions
 from attnpatch.errors import unknown
 from attnpatch.experiments import figures
 from attnpatch.experiments.sequence_tasks import Cell, batch_of, ceiling, label, nt_sequences, scored_labels
@@ -28,9 +30,9 @@ from attnpatch.training.batching import IGNORE, SentenceBatchSampler
 from attnpatch.training.blocks import generator_for
 from attnpatch.training.config import OutputConfig
 from attnpatch.training.errors import ConfigError, RunPaused, TrainingError
-from attnpatch.training.files import read_json, sha256_lines, write_json
+from attnpatch.training.files import read_json, sha256_lines
 from attnpatch.training.modeling import attention_backend, patched_config
-from attnpatch.training.results import count_parameters, machine, versions, write_results
+from attnpatch.training.results import count_parameters, write_results
 from attnpatch.training.run_trainer import RunTrainer
 from attnpatch.training.runs import (
     FREE_TRAINING,
@@ -194,7 +196,7 @@ def _claim(config: SequencesConfig, out: Path) -> None:
                 f"{out} holds a run with other settings ({'; '.join(found[:4])}): choose another output.dir, or "
                 "set training.resume=never output.overwrite=true to start afresh"
             )
-    write_json(out / RUN_FILE, known_as)
+    write_json(out / RUN_FILE, known_as, default=str)
 
 
 def _results_of(out: Path, seed: int, cell: Cell, spec: AttentionSpec) -> Path:
@@ -238,7 +240,7 @@ def _job(config: SequencesConfig, seed: int, cell: Cell, spec: AttentionSpec, do
     }
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
-    write_json(done, record)
+    write_json(done, record, default=str)
 
 
 def build_decoder(config: SequencesConfig, own: Any, cell: Cell) -> Any:

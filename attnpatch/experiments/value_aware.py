@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import attnpatch
+from attnpatch.environment import available_cpus, machine, versions
 from attnpatch.errors import AttnpatchError, CheckpointError
 from attnpatch.experiments import figures
 from attnpatch.experiments.value_aware_config import EXACT, ValueAwareConfig
@@ -31,7 +32,7 @@ from attnpatch.training.bpe import load_fast_tokenizer
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.files import read_json, sha256_file
 from attnpatch.training.lm_modeling import FAMILIES, position_count
-from attnpatch.training.results import available_cpus, count_parameters, machine, versions, write_results
+from attnpatch.training.results import count_parameters, write_results
 from attnpatch.training.runs import speaker
 from attnpatch.training.text import LineText, load_text, merge_text
 from attnpatch.training.trainer import token_loss

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from attnpatch.atomic import write_json, writing_aside
 from attnpatch.errors import CheckpointError
 from attnpatch.training.errors import ConfigError, TrainingError
-from attnpatch.training.files import folder_aside, read_json, sha256_lines, write_json
+from attnpatch.training.files import read_json, sha256_lines
 from attnpatch.training.mlm_config import ByteLevelConfig
 from attnpatch.training.tokenizer import CACHE_FILE, load_tokenizer
 
@@ -54,7 +55,7 @@ def build_byte_level(config: ByteLevelConfig, lines: Sequence[str], folder: str 
             return load_fast_tokenizer(str(folder))
     except (CheckpointError, OSError, json.JSONDecodeError):
         pass
-    with folder_aside(folder) as aside:
+    with writing_aside(folder) as aside:
         _train(config, lines, block_size).save_pretrained(str(aside))
         write_json(aside / CACHE_FILE, key)
     return load_fast_tokenizer(str(folder))

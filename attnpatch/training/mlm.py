@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from attnpatch.atomic import writing_aside
 from attnpatch.auxiliary import has_loss_hooks
 from attnpatch.training.batching import SentenceBatchSampler
 from attnpatch.training.blocks import BlockCollator, Blocks, FixedBlocks, make_blocks
 from attnpatch.training.bpe import build_byte_level, load_fast_tokenizer
 from attnpatch.training.errors import TrainingError
-from attnpatch.training.files import folder_aside, sha256_lines
+from attnpatch.training.files import sha256_lines
 from attnpatch.training.lm_modeling import build_language_model
 from attnpatch.training.mlm_config import MaskingConfig, MLMTrainingConfig
 from attnpatch.training.results import count_parameters, write_results
@@ -95,7 +96,7 @@ def run(config: MLMTrainingConfig) -> dict[str, Any]:
     trained = run_training(trainer, checkpoint, say)
     final = final_weights(config.training, trainer, out, trained, say)
     if state.is_main_process:
-        with folder_aside(out / "model") as folder:
+        with writing_aside(out / "model") as folder:
             trainer.model.save_pretrained(str(folder))
             tokenizer.save_pretrained(str(folder))
     state.wait_for_everyone()

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from attnpatch.atomic import write_json
+from attnpatch.environment import available_cpus, cpu_has_bf16, machine, versions
 from attnpatch.errors import unknown
 from attnpatch.training.checkpoints import checkpoints, is_complete, last_complete, load_weights, read_record, step_of
 from attnpatch.training.config import CommonTraining
 from attnpatch.training.errors import ConfigError, RunPaused, TrainingError
-from attnpatch.training.files import read_json, write_json
-from attnpatch.training.results import available_cpus, cpu_has_bf16, machine, versions
+from attnpatch.training.files import read_json
 
 RUN_FILE = "run.json"
 FREE_TRAINING = {"resume", "log_every", "keep_checkpoints", "final", "average", "threads", "stop_after_minutes"}
@@ -114,7 +115,7 @@ def resume_point(config: Any, out: Path, known_as: dict[str, Any], state: Any) -
     state.wait_for_everyone()
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / RUN_FILE, known_as)
+        write_json(out / RUN_FILE, known_as, default=str)
     return checkpoint
 
 
