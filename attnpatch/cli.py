@@ -1,4 +1,4 @@
-"""The `attnpatch` command: variants, convert, inspect, verify, revert, env.
+"""The `attnpatch` command: variants, convert, inspect, verify, revert, report, env.
 
 Exit codes: 0 done; 1 a check of `verify` failed; 2 bad input; 3 a fault of attnpatch itself; 130 interrupted.
 Everything heavy is imported by the command that needs it, so that --help is quick.
@@ -277,6 +277,26 @@ def revert(
         _print_json(report.to_dict())
     else:
         _out().print(str(report), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    results: Annotated[list[str], typer.Argument(metavar="RESULTS...", help="results.json files, or folders of them.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder for report.md, report.json and figures.")] = Path(
+        "report"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Compare training runs: means over seeds, paired tests against stock, figures."""
+    from attnpatch.experiments.report import write_report
+
+    found = write_report(results, output)
+    if as_json:
+        _print_json(found)
+        return
+    for name, about in found["experiments"].items():
+        _out().print(f"{name}: {len(about['runs'])} runs", highlight=False)
+    _out().print(f"written: {output / 'report.md'}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -308,7 +308,7 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     )
     result = python(code)
     assert result.returncode == 0, result.stderr
-    for command in ("variants", "convert", "inspect", "verify", "revert", "env", "--plugin", "--debug"):
+    for command in ("variants", "convert", "inspect", "verify", "revert", "report", "env", "--plugin", "--debug"):
         assert command in result.stdout
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from attnpatch.training.batching import TokenBatchSampler
-from attnpatch.training.trainer import TranslationTrainer
+from attnpatch.training.run_trainer import RunTrainer
 
 
 class EpochCallback(TrainerCallback):
@@ -24,7 +26,7 @@ class EpochCallback(TrainerCallback):
 class TrainerAware(TrainerCallback):
     """A callback that knows its trainer; `trainer` is set once that exists."""
 
-    trainer: TranslationTrainer | None = None
+    trainer: RunTrainer | None = None
 
 
 class ClockCallback(TrainerAware):
@@ -39,8 +41,23 @@ class ClockCallback(TrainerAware):
             self.trainer.stop_clock()
 
 
+class PauseCallback(TrainerAware):
+    """Ends training with a checkpoint at the first step behind a point in time (of time.perf_counter())."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        late = torch.tensor(int(time.perf_counter() >= self.deadline), device=args.device)
+        if args.world_size > 1 and self.trainer is not None:
+            # All processes stop at the same step, or the others would wait for ever.
+            late = self.trainer.accelerator.reduce(late, "sum")
+        if int(late) and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+
 class LineCallback(TrainerAware):
-    """One line for each log: step, epoch, loss, learning rate, and target tokens a second since the last line."""
+    """One line for each log: step, epoch, loss, learning rate, and tokens a second since the last line."""
 
     def __init__(self) -> None:
         self._last = (0.0, 0)
@@ -49,13 +66,13 @@ class LineCallback(TrainerAware):
         self._speed()
 
     def _speed(self) -> float:
-        """Target tokens of this process a second of training since the last call."""
+        """Tokens of this process a second of training since the last call."""
         if self.trainer is None:
             return 0.0
-        progress = self.trainer.progress_now()
+        now, count = self.trainer.progress_now().train_seconds, self.trainer.progress_tokens
         seconds, tokens = self._last
-        self._last = (progress.train_seconds, progress.target_tokens)
-        return (progress.target_tokens - tokens) / max(progress.train_seconds - seconds, 1e-9)
+        self._last = (now, count)
+        return (count - tokens) / max(now - seconds, 1e-9)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
@@ -67,7 +84,8 @@ class LineCallback(TrainerAware):
                 line += f"  grad norm {logs['grad_norm']:.2f}"
             if "auxiliary_loss" in logs:
                 line += f"  auxiliary {logs['auxiliary_loss']:.4f}"
-            print(f"{line}  {self._speed():,.0f} target tokens/s", flush=True)
+            unit = "tokens" if self.trainer is None else self.trainer.progress_unit
+            print(f"{line}  {self._speed():,.0f} {unit}/s", flush=True)
         elif "eval_loss" in logs:
             line = f"{at}  dev loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.2f}"
             if "eval_bleu" in logs:

@@ -1,26 +1,37 @@
-"""The command line of scripts/train_marian.py: arguments in, an exit code out."""
+"""The command line of the training scripts: arguments in, an exit code out."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from attnpatch.errors import AttnpatchError, one_line
 
-FAILED, INTERRUPTED = 2, 130
+FAILED, PAUSED, INTERRUPTED = 2, 75, 130
 
 
-def main(argv: Sequence[str], usage: str | None = None) -> int:
-    """Runs a training. Returns 0; 2 after an error, said in one sentence; 130 after Ctrl-C."""
+def main(
+    argv: Sequence[str],
+    usage: str | None = None,
+    config_class: str = "attnpatch.training.config:MarianTrainingConfig",
+    run: str = "attnpatch.training.marian:run",
+) -> int:
+    """Runs an experiment; its config class and its function are given as module:name, so that a wrong config is
+    told before anything heavy is imported.
+
+    Returns 0; 2 after an error, said in one sentence; 75 when it paused at its time limit; 130 after Ctrl-C.
+    """
     words = [word for word in argv if word != "--debug"]
     debug = len(words) != len(argv)
     if "-h" in words or "--help" in words or not words:
         print((usage or __doc__ or "").strip())
         return 0 if words else FAILED
     try:
-        from attnpatch.training.config import MarianTrainingConfig, load_config
-        from attnpatch.training.errors import ConfigError
+        from attnpatch.training.config import load_config
+        from attnpatch.training.errors import ConfigError, RunPaused
         from attnpatch.training.extra import TRAINING, require
 
         options = [word for word in words if word.startswith("-")]
@@ -28,12 +39,13 @@ def main(argv: Sequence[str], usage: str | None = None) -> int:
             raise ConfigError(f"unknown option {options[0]}; options: --debug, --help; settings are key=value")
         path = None if "=" in words[0] else words[0]
         overrides = words if path is None else words[1:]
-        config = load_config(MarianTrainingConfig, path, overrides)
-
+        config = load_config(_named(config_class), path, overrides)
         require(TRAINING)
-        from attnpatch.training.marian import run
-
-        run(config)
+        try:
+            _named(run)(config)
+        except RunPaused as pause:
+            print(pause, file=sys.stderr)
+            return PAUSED
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command resumes from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
@@ -44,6 +56,11 @@ def main(argv: Sequence[str], usage: str | None = None) -> int:
             raise
         return _failed(error, debug)
     return 0
+
+
+def _named(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _is_disk(error: BaseException) -> bool:

@@ -95,15 +95,12 @@ class TokenizerConfig:
 
 
 @dataclass
-class TrainingConfig:
-    """Batches, optimiser, schedule, checkpoints."""
+class CommonTraining:
+    """Optimiser, schedule, checkpoints: what every training run has."""
 
     epochs: float = field(default=6, metadata=at_least(0))
     max_steps: int | None = field(default=None, metadata=at_least(1))
-    batching: str = field(default="tokens", metadata=one_of("tokens", "sentences"))
-    max_tokens: int = field(default=4096, metadata=at_least(1))  # pairs x longest side, padding included
-    batch_size: int = field(default=32, metadata=at_least(1))  # pairs; for batching: sentences
-    group_by_length: bool = True  # for batching: sentences
+    batch_size: int = field(default=32, metadata=at_least(1))  # for translation: pairs, under batching: sentences
     gradient_accumulation: int = field(default=1, metadata=at_least(1))
     learning_rate: float = field(default=1e-3, metadata=at_least(0))
     schedule: str = field(default="inverse_sqrt", metadata=one_of("inverse_sqrt", "linear", "constant", "cosine"))
@@ -114,7 +111,6 @@ class TrainingConfig:
     adam_epsilon: float = field(default=1e-9, metadata=at_least(0))
     weight_decay: float = field(default=0.0, metadata=at_least(0))
     clip_norm: float = field(default=1.0, metadata=at_least(0))  # 0: no clipping
-    label_smoothing: float = field(default=0.1, metadata=at_least(0, 0.99))
     precision: str = field(default="auto", metadata=one_of("auto", "bf16", "fp32"))
     device: str = field(default="auto", metadata=one_of("auto", "cpu"))
     threads: int | None = field(default=None, metadata=at_least(1))  # None: all CPUs this process may use
@@ -129,6 +125,38 @@ class TrainingConfig:
     final: str = field(default="best", metadata=one_of("best", "last", "average"))
     average: int = field(default=3, metadata=at_least(1))  # checkpoints in final: average
     resume: str = field(default="auto", metadata=one_of("auto", "never"))
+    # Save and stop after so many minutes of a process (exit code 75); the same command goes on. None: never.
+    stop_after_minutes: float | None = field(default=None, metadata=at_least(0))
+
+    def check(self) -> None:
+        """Raises ConfigError when settings contradict each other."""
+        for name in ("evaluate_every", "save_every"):
+            value = getattr(self, name)
+            if value not in ("epoch", "never") and not (isinstance(value, int) and value >= 1):
+                raise ConfigError(f"training.{name}={value!r}: allowed are epoch, never, or a number of steps >= 1")
+        every = (self.evaluate_every, self.save_every)
+        if self.final == "best" and (every[0] != every[1] or "never" in every):
+            raise ConfigError(
+                "training.final=best needs a checkpoint at each evaluation: give training.evaluate_every and "
+                "training.save_every the same value, not never, or choose training.final=last"
+            )
+        if self.final == "average":
+            if self.stop_after_minutes is not None:
+                raise ConfigError(
+                    "training.final=average with training.stop_after_minutes would average the checkpoints of the "
+                    "pauses, too: choose training.final=last or best"
+                )
+            self.keep_checkpoints = max(self.keep_checkpoints, self.average)
+
+
+@dataclass
+class TrainingConfig(CommonTraining):
+    """A translation run: what all have, and batches of pairs."""
+
+    batching: str = field(default="tokens", metadata=one_of("tokens", "sentences"))
+    max_tokens: int = field(default=4096, metadata=at_least(1))  # pairs x longest side, padding included
+    group_by_length: bool = True  # for batching: sentences
+    label_smoothing: float = field(default=0.1, metadata=at_least(0, 0.99))
 
 
 @dataclass
@@ -178,18 +206,7 @@ class MarianTrainingConfig:
                 f"model.d_model={self.model.d_model} does not divide into model.heads={self.model.heads} heads; "
                 "choose a d_model that is a multiple of heads"
             )
-        for name in ("evaluate_every", "save_every"):
-            value = getattr(self.training, name)
-            if value not in ("epoch", "never") and not (isinstance(value, int) and value >= 1):
-                raise ConfigError(f"training.{name}={value!r}: allowed are epoch, never, or a number of steps >= 1")
-        every = (self.training.evaluate_every, self.training.save_every)
-        if self.training.final == "best" and (every[0] != every[1] or "never" in every):
-            raise ConfigError(
-                "training.final=best needs a checkpoint at each evaluation: give training.evaluate_every and "
-                "training.save_every the same value, not never, or choose training.final=last"
-            )
-        if self.training.final == "average" and self.training.keep_checkpoints < self.training.average:
-            self.training.keep_checkpoints = self.training.average
+        self.training.check()
 
     def as_dict(self) -> dict[str, Any]:
         """The config as plain nested dicts, as it would stand in YAML."""

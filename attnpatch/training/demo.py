@@ -26,8 +26,9 @@ from attnpatch.training.demo_report import CONSOLE, write_report
 from attnpatch.training.errors import ConfigError
 from attnpatch.training.files import sha256_file
 from attnpatch.training.grammar import SYNTHETIC_NOTICE, write_corpus
-from attnpatch.training.marian import run, use_bf16
+from attnpatch.training.marian import run
 from attnpatch.training.metrics import score_translations
+from attnpatch.training.runs import use_bf16
 from attnpatch.training.tokenizer import encode, load_tokenizer
 
 TOLERANCE = 1e-5

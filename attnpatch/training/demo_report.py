@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attnpatch.atomic import write_json, write_text
+from attnpatch.experiments import figures
 
 if TYPE_CHECKING:
     from attnpatch.training.demo import DemoResult, Row
@@ -94,12 +95,8 @@ def _markdown(result: DemoResult) -> str:
 
 def write_plot(result: DemoResult, out: Path) -> None:
     """bleu.png and bleu.svg: a pair of bars for each variant, and the stock baseline as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    # The same bytes for the same scores, and text that stays text.
-    matplotlib.rcParams.update({"svg.hashsalt": "attnpatch", "svg.fonttype": "none"})
-    from matplotlib import pyplot
+    pyplot = figures.pyplot()
+    from matplotlib.patches import Patch
 
     rows = result.rows
     places = range(len(rows))
@@ -128,7 +125,7 @@ def write_plot(result: DemoResult, out: Path) -> None:
         x=0.01,
         horizontalalignment="left",
     )
-    patches: list[Any] = [matplotlib.patches.Patch(color=color) for color in colors.values()]
+    patches: list[Any] = [Patch(color=color) for color in colors.values()]
     axes.legend(
         [*patches, line],
         ["right after conversion", f"after {updates} updates", f"stock after {updates} updates"],
@@ -138,11 +135,8 @@ def write_plot(result: DemoResult, out: Path) -> None:
         frameon=False,
         fontsize=9,
     )
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(out / "bleu.png", dpi=150)
-    figure.savefig(out / "bleu.svg", metadata={"Date": None})
-    pyplot.close(figure)
+    figures.plain(axes)
+    figures.save(figure, out / "bleu")
 
 
 def _label(axes: Any, score: float, at: float, text: str) -> None:

@@ -15,3 +15,7 @@ class DataError(AttnpatchError, ValueError):
 
 class TrainingError(AttnpatchError, RuntimeError):
     """A run that cannot start, go on or be resumed."""
+
+
+class RunPaused(TrainingError):
+    """A run that ended at its time limit, with a checkpoint, and goes on when it is called again."""

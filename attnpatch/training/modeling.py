@@ -22,7 +22,7 @@ def build_model(config: MarianTrainingConfig, tokenizer: Any) -> Any:
     return model
 
 
-def attention_backend(config: MarianTrainingConfig) -> str | None:
+def attention_backend(config: Any) -> str | None:
     """transformers' name of the backend for stock attention; None: transformers' own choice.
 
     `auto` takes eager on a CPU, where the backward of the fused kernel is nearly half of a step over short sentences
@@ -33,12 +33,14 @@ def attention_backend(config: MarianTrainingConfig) -> str | None:
     return "eager" if config.training.device == "cpu" or not torch.cuda.is_available() else None
 
 
-def _attention(config: MarianTrainingConfig) -> dict[str, Any]:
+def attention_arguments(config: Any) -> dict[str, Any]:
+    """The backend as an argument of `from_pretrained`."""
     backend = attention_backend(config)
     return {"attn_implementation": backend} if backend else {}
 
 
-def _patched(config: MarianTrainingConfig, model_config: Any) -> Any:
+def patched_config(config: Any, model_config: Any) -> Any:
+    """A model's config with the spec of a run's config in it."""
     if config.spec is None:
         return model_config
     import attnpatch
@@ -82,7 +84,7 @@ def _from_scratch(config: MarianTrainingConfig, tokenizer: Any) -> Any:
         forced_eos_token_id=tokenizer.eos_token_id,
         is_encoder_decoder=True,
     )
-    model_config = _patched(config, model_config)
+    model_config = patched_config(config, model_config)
     backend = attention_backend(config)
     if backend:
         model_config._attn_implementation = backend
@@ -106,9 +108,9 @@ def _from_checkpoint(config: MarianTrainingConfig) -> Any:
             if value is not None:
                 setattr(model_config, name, value)
         # Loading converts on the fly: a patched config makes patched modules, filled from the stock weights.
-        model_config = _patched(config, model_config)
+        model_config = patched_config(config, model_config)
         return AutoModelForSeq2SeqLM.from_pretrained(
-            path, config=model_config, dtype=torch.float32, **kwargs, **_attention(config)
+            path, config=model_config, dtype=torch.float32, **kwargs, **attention_arguments(config)
         )
     except OSError as error:
         if isinstance(error, CheckpointError):

@@ -1,0 +1,1 @@
+"""The studies of the papers: their tasks, what is measured, and reports over many runs."""

@@ -1,0 +1,263 @@
+"""`attnpatch report`: runs of any experiment, grouped by variant, compared with stock; tables and figures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from attnpatch.atomic import write_json, write_text
+from attnpatch.experiments import figures
+from attnpatch.experiments.records import STOCK, Metric, Run, find_results, group, load_runs, metrics_of
+from attnpatch.experiments.statistics import TEST, Comparison, compare, summary
+
+MANY_METRICS = 12
+"""Beyond so many (the cells of a grid), only the first has a table; all are in report.json."""
+
+
+@dataclass
+class Row:
+    """A variant under one metric."""
+
+    variant: str
+    parameters: int | None
+    seeds: list[int | None]
+    values: list[float]
+    mean: float
+    deviation: float | None
+    baseline: str | None
+    against: Comparison | None
+
+
+@dataclass
+class Section:
+    """An experiment: its runs, and a table for each metric."""
+
+    experiment: str
+    runs: list[Run]
+    tables: dict[Metric, list[Row]]
+    figures: list[str]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader has to know about the runs."""
+        found = []
+        for name in ("processor", "precision", "torch", "transformers"):
+            values = sorted({run.environment.get(name, "unknown") for run in self.runs})
+            if len(values) > 1:
+                found.append(f"The runs differ in {name}: {'; '.join(values)}.")
+        if not any(run.is_stock for run in self.runs):
+            found.append("There is no stock run, so nothing to compare with.")
+        return found
+
+
+def write_report(paths: Iterable[str | Path], output: str | Path) -> dict[str, Any]:
+    """Reads results files (or folders of them) and writes report.md, report.json and figures into `output`.
+
+    Returns what stands in report.json. Raises ReportError, and writes nothing, when files are broken or must not be
+    compared.
+    """
+    files = find_results(paths)
+    experiments = group(load_runs(files))
+    out = Path(output)
+    sections = []
+    for name, runs in experiments.items():
+        tables = {metric: _rows(runs, metric) for metric in metrics_of(runs)}
+        sections.append(Section(name, runs, tables, []))
+    for section in sections:
+        section.figures = _draw(section, out)
+    document = {
+        "test": TEST,
+        "files": [str(path) for path in files],
+        "experiments": {section.experiment: _to_dict(section) for section in sections},
+    }
+    write_text(out / "report.md", _markdown(sections))
+    write_json(out / "report.json", document, default=str)
+    return document
+
+
+def _rows(runs: Sequence[Run], metric: Metric) -> list[Row]:
+    """Stock first, then in the order of the files."""
+    labels = sorted(dict.fromkeys(run.label for run in runs), key=lambda label: not label.startswith(STOCK))
+    by_label = {label: [r for r in runs if r.label == label and metric in r.scores] for label in labels}
+    rows = []
+    for label, members in by_label.items():
+        if not members:
+            continue
+        scores = {run.seed: run.scores[metric] for run in members}
+        mean, deviation, _ = summary(scores)
+        base = _baseline(members[0], by_label)
+        against = None
+        if base is not None:
+            stock = {run.seed: run.scores[metric] for run in by_label[base] if run.seed is not None}
+            own = {seed: value for seed, value in scores.items() if seed is not None}
+            against = compare(own, stock, metric.higher_is_better)
+        parameters = members[0].parameters
+        rows.append(Row(label, parameters, list(scores), list(scores.values()), mean, deviation, base, against))
+    return rows
+
+
+def _baseline(run: Run, by_label: dict[str, list[Run]]) -> str | None:
+    """The stock runs with the same settings, or else those with the usual ones."""
+    if run.is_stock and run.label == STOCK:
+        return None
+    suffix = run.label.removeprefix(run.variant)
+    for label in (STOCK + suffix, STOCK):
+        if by_label.get(label) and label != run.label:
+            return label
+    return None
+
+
+def _to_dict(section: Section) -> dict[str, Any]:
+    return {
+        "notes": section.notes,
+        "figures": section.figures,
+        "data": section.runs[0].data,
+        "runs": [
+            {
+                "path": run.path,
+                "variant": run.label,
+                "seed": run.seed,
+                "parameters": run.parameters,
+                "scores": {str(metric): value for metric, value in run.scores.items()},
+                **run.environment,
+            }
+            for run in section.runs
+        ],
+        "metrics": {
+            str(metric): {"higher_is_better": metric.higher_is_better, "rows": [asdict(row) for row in rows]}
+            for metric, rows in section.tables.items()
+        },
+    }
+
+
+# ---- text ----
+
+
+def _markdown(sections: Sequence[Section]) -> str:
+    lines = ["# Report", ""]
+    lines += [
+        f"Against stock: {TEST}; n is the number of seeds, the standard deviation is that of a sample (n - 1), and p "
+        "is not corrected for the number of comparisons.",
+        "",
+    ]
+    for section in sections:
+        lines += [f"## {section.experiment}", ""]
+        for split, sums in section.runs[0].data.items():
+            if len(sums) <= 6:
+                lines.append(f"- {split} data (SHA-256): {', '.join(value[:12] for value in sums) or 'none'}")
+            else:
+                lines.append(f"- {split} data: {len(sums)} sets, checksums in report.json")
+        lines += [f"- {note}" for note in section.notes] + [""]
+        tables = list(section.tables.items())
+        shown = tables if len(tables) <= MANY_METRICS else tables[:1]
+        for metric, rows in shown:
+            arrow = "higher" if metric.higher_is_better else "lower"
+            lines += [f"### {metric} ({arrow} is better)", "", *_table(rows), ""]
+        if len(shown) < len(tables):
+            lines += [f"{len(tables) - len(shown)} more metrics are in report.json.", ""]
+        lines += [f"![{name}]({name}.png)" for name in section.figures] + [""]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    headings = ("variant", "parameters", "n", "mean", "sd", "difference to stock", "better in", "p")
+    lines = ["| " + " | ".join(headings) + " |", "| --- " + "| ---: " * (len(headings) - 1) + "|"]
+    for row in rows:
+        lines.append("| " + " | ".join(_cells(row)) + " |")
+    reasons = dict.fromkeys(
+        f"{row.variant}: {row.against.reason}." for row in rows if row.against and row.against.reason
+    )
+    missing = [
+        f"{row.variant}: no seed in common with {row.baseline}." for row in rows if row.baseline and not row.against
+    ]
+    notes = [*reasons, *missing]
+    return [*lines, "", *notes] if notes else lines
+
+
+def _cells(row: Row) -> list[str]:
+    cells = [
+        row.variant,
+        "-" if row.parameters is None else f"{row.parameters:,}",
+        str(len(row.values)),
+        f"{row.mean:.4g}",
+        "-" if row.deviation is None else f"{row.deviation:.2g}",
+    ]
+    against = row.against
+    if against is None:
+        return [*cells, "-", "-", "-"]
+    p = "no test" if against.p is None else f"{against.p:.3g} (n={len(against.seeds)})"
+    return [*cells, f"{against.mean:+.3g}", f"{against.better} of {len(against.seeds)}", p]
+
+
+# ---- figures ----
+
+
+def _draw(section: Section, out: Path) -> list[str]:
+    names = []
+    for kind in ("dev loss", "training loss"):
+        if any(run.curves.get(kind) for run in section.runs):
+            name = f"{section.experiment}-{kind.replace(' ', '-')}"
+            _curves(section, kind, out / name)
+            names.append(name)
+    metric, rows = next(iter(section.tables.items()))
+    if any(row.parameters is not None for row in rows):
+        name = f"{section.experiment}-parameters"
+        _against_parameters(metric, rows, out / name)
+        names.append(name)
+    return names
+
+
+def _look(section_labels: Sequence[str]) -> dict[str, tuple[str, str]]:
+    return {
+        label: (figures.COLORS[i % len(figures.COLORS)], figures.MARKERS[i % len(figures.MARKERS)])
+        for i, label in enumerate(section_labels)
+    }
+
+
+def _curves(section: Section, kind: str, stem: Path) -> None:
+    """A thin line for each seed, and the mean over those that reached a step as a thick one."""
+    figure, axes = figures.pyplot().subplots(figsize=(6.4, 4), layout="constrained")
+    labels = [row.variant for row in next(iter(section.tables.values()))]
+    for label, (color, _) in _look(labels).items():
+        members = [run.curves[kind] for run in section.runs if run.label == label and run.curves.get(kind)]
+        if not members:
+            continue
+        by_step: dict[float, list[float]] = {}
+        for points in members:
+            if len(members) > 1:
+                axes.plot(*zip(*points, strict=True), color=color, linewidth=0.6, alpha=0.5)
+            for step, loss in points:
+                by_step.setdefault(step, []).append(loss)
+        steps = sorted(step for step, values in by_step.items() if len(values) == len(members))
+        means = [statistics.fmean(by_step[step]) for step in steps]
+        axes.plot(steps, means, color=color, linewidth=1.8, label=f"{label} (n={len(members)})")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel(kind)
+    axes.set_title(section.experiment)
+    figures.plain(axes).legend(frameon=False, fontsize=8)
+    figures.save(figure, stem)
+
+
+def _against_parameters(metric: Metric, rows: Sequence[Row], stem: Path) -> None:
+    figure, axes = figures.pyplot().subplots(figsize=(6.4, 4), layout="constrained")
+    for (label, (color, marker)), row in zip(_look([row.variant for row in rows]).items(), rows, strict=True):
+        if row.parameters is None:
+            continue
+        axes.errorbar(
+            row.parameters / 1e6,
+            row.mean,
+            yerr=row.deviation,
+            color=color,
+            marker=marker,
+            capsize=3,
+            linestyle="none",
+            label=f"{label} (n={len(row.values)})",
+        )
+    axes.set_xlabel("trainable parameters (millions)")
+    axes.set_ylabel(f"{metric} ({'higher' if metric.higher_is_better else 'lower'} is better)")
+    axes.set_title("mean and standard deviation over seeds")
+    figures.plain(axes).legend(frameon=False, fontsize=8)
+    figures.save(figure, stem)

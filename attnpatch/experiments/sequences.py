@@ -1,0 +1,389 @@
+"""Softmax against expressive attention on the NT tasks: small decoders over a grid of bases and delays.
+
+`run` is what scripts/train_sequences.py calls; it can be called from Python as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from attnpatch.atomic import write_json
+from attnpatch.auxiliary import has_loss_hooks
+from attnpatch.environment import machine, versions
+from attnpatch.errors import unknown
+from attnpatch.experiments import figures
+from attnpatch.experiments.sequence_tasks import Cell, batch_of, ceiling, label, nt_sequences, scored_labels
+from attnpatch.experiments.sequences_config import SequencesConfig
+from attnpatch.spec import AttentionSpec
+from attnpatch.training.batching import IGNORE, SentenceBatchSampler
+from attnpatch.training.blocks import generator_for
+from attnpatch.training.config import OutputConfig
+from attnpatch.training.errors import ConfigError, RunPaused, TrainingError
+from attnpatch.training.files import read_json, sha256_lines
+from attnpatch.training.modeling import attention_backend, patched_config
+from attnpatch.training.results import count_parameters, write_results
+from attnpatch.training.run_trainer import RunTrainer
+from attnpatch.training.runs import (
+    FREE_TRAINING,
+    RUN_FILE,
+    Say,
+    callbacks_for,
+    connect,
+    describe_run,
+    differences,
+    final_weights,
+    identity,
+    prepare_process,
+    process_state,
+    resume_point,
+    speaker,
+    training_arguments,
+)
+from attnpatch.training.runs import train as run_training
+from attnpatch.training.trainer import token_loss
+
+EVAL_BATCH = 256
+# The grid may be extended; what a cell computes may not change. A cell's own part of it is in its folder's name.
+FREE_SETTINGS: dict[str, set[str] | None] = {
+    "specs": None,
+    "seeds": None,
+    "output": None,
+    "training": FREE_TRAINING,
+    "task": {"bases", "delays"},
+}
+
+
+class _Rows(Dataset[int]):
+    """Row numbers: a sequence is made when its batch is."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> int:
+        return row
+
+
+class SequenceTrainer(RunTrainer):
+    """Trains on fresh sequences of a cell; evaluates next-symbol accuracy on a fixed set of each of its tasks."""
+
+    progress_unit = "symbols"
+
+    def __init__(self, *args: Any, cell: Cell, eval_sets: dict[str, dict[str, torch.Tensor]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cell = cell
+        self.eval_sets = eval_sets
+
+    def count_tokens(self, inputs: dict[str, Any]) -> tuple[int, int]:
+        """Symbols read and predicted."""
+        return inputs["input_ids"].numel(), inputs["labels"].numel()
+
+    def summed_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | int, Any]:
+        """Cross-entropy of every next symbol, the random first ones included, as a language model has it."""
+        labels = inputs.pop("labels")
+        outputs = model(**inputs, use_cache=False)
+        return token_loss(outputs["logits"], labels, 0.0), (labels != IGNORE).sum(), outputs
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
+    ) -> dict[str, float]:
+        """Accuracy and loss over the scored positions; a mixture's are the means over its tasks."""
+        started = time.perf_counter()
+        scores = self.score()
+        metrics = {f"{metric_key_prefix}_{name}": scores[name] for name in ("loss", "accuracy")}
+        return self._evaluated(metrics, scores["loss"], started)
+
+    def score(self) -> dict[str, Any]:
+        """accuracy, loss, and accuracy_by_task ("N2-tau3": ...)."""
+        accuracy: dict[str, float] = {}
+        losses: list[float] = []
+        with self.evaluating() as model, torch.no_grad():
+            for name, data in self.eval_sets.items():
+                total = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+                for start in range(0, len(data["labels"]), EVAL_BATCH):
+                    batch = self._prepare_inputs(
+                        {key: value[start : start + EVAL_BATCH] for key, value in data.items()}
+                    )
+                    labels = batch.pop("labels")
+                    with self.accelerator.autocast():
+                        logits = model(**batch, use_cache=False)["logits"]
+                    scored = labels != IGNORE
+                    total[0] += token_loss(logits, labels, 0.0).double()
+                    total[1] += ((logits.argmax(-1) == labels) & scored).sum()
+                    total[2] += scored.sum()
+                loss, right, count = total.tolist()
+                accuracy[name] = right / count
+                losses.append(loss / count)
+        return {
+            "accuracy": statistics.fmean(accuracy.values()),
+            "loss": statistics.fmean(losses),
+            "accuracy_by_task": accuracy,
+        }
+
+
+def run(config: SequencesConfig) -> dict[str, Any]:
+    """Trains every spec and seed at every cell, and returns what stands in results.json.
+
+    A cell that is finished is not trained again. Raises an AttnpatchError with one sentence for anything a person can
+    mend, RunPaused among them.
+    """
+    started = time.perf_counter()
+    prepare_process(config.training)
+    state = process_state(config.training)
+    if state.num_processes > 1:
+        raise TrainingError("these models are too small to share: run train_sequences.py with one process")
+    out = Path(config.output.dir)
+    say = speaker(config.output.quiet, True)
+    specs = [AttentionSpec.parse(None if spec == "" else spec) for spec in config.specs]
+    _claim(config, out)
+    jobs = [(seed, cell, spec) for seed in config.seeds for cell in config.cells() for spec in specs]
+    records = []
+    limit = config.training.stop_after_minutes
+    worked = False  # however short the limit, each process gets on by a step
+    for number, (seed, cell, spec) in enumerate(jobs, 1):
+        done = _results_of(out, seed, cell, spec)
+        if not done.is_file():
+            if worked and limit is not None and time.perf_counter() - started >= 60 * limit:
+                raise RunPaused(f"paused after {number - 1} of {len(jobs)}; the same command goes on from there")
+            _job(config, seed, cell, spec, done, started)
+            worked = True
+        record = dict(read_json(done))
+        records.append(record)
+        say(
+            f"{number}/{len(jobs)} {cell.name} seed {seed} {spec}: accuracy {record['accuracy']:.4f} "
+            f"(chance {record['chance']:.3f}, ceiling {record['ceiling']:.3f}), {record['parameters']['trainable']:,} "
+            f"parameters, {record['seconds']['train']:.1f} s"
+        )
+    results = _describe(config, specs, records)
+    draw(results, out)
+    say(f"results: {write_results(out, results)}")
+    return results
+
+
+def _claim(config: SequencesConfig, out: Path) -> None:
+    """Refuses a folder that holds another study; makes an empty one for `resume: never`."""
+    known_as = identity(config, FREE_SETTINGS, [])
+    if config.training.resume == "never":
+        if (out / RUN_FILE).is_file() and not config.output.overwrite:
+            raise TrainingError(
+                f"{out} already holds a run: choose another output.dir, resume it (training.resume=auto), or set "
+                "output.overwrite=true"
+            )
+        shutil.rmtree(out / "cells", ignore_errors=True)
+    elif (out / RUN_FILE).is_file():
+        found = differences(read_json(out / RUN_FILE), known_as)
+        if found:
+            raise TrainingError(
+                f"{out} holds a run with other settings ({'; '.join(found[:4])}): choose another output.dir, or "
+                "set training.resume=never output.overwrite=true to start afresh"
+            )
+    write_json(out / RUN_FILE, known_as, default=str)
+
+
+def _results_of(out: Path, seed: int, cell: Cell, spec: AttentionSpec) -> Path:
+    digest = sha256_lines([repr(spec.to_dict()["rules"])])[:8]
+    return out / "cells" / f"{cell.name}-{digest}-seed{seed}" / "results.json"
+
+
+def _job(config: SequencesConfig, seed: int, cell: Cell, spec: AttentionSpec, done: Path, started: float) -> None:
+    """Trains and scores one model; its record goes to the file `done`."""
+    folder = done.parent
+    own = SimpleNamespace(
+        spec=spec if spec else None,
+        init="preserve",
+        seed=seed,
+        training=dataclasses.replace(config.training, resume="auto"),
+        output=OutputConfig(dir=str(folder), quiet=True),
+        as_dict=dict,
+    )
+    from transformers import set_seed
+
+    set_seed(seed)
+    model = build_decoder(config, own, cell)
+    checkpoint = resume_point(own, folder, {}, process_state(config.training))
+    trainer = _trainer(config, own, model, cell, started)
+    quiet: Say = speaker(True, True)
+    trained = run_training(trainer, checkpoint, quiet)
+    final_weights(own.training, trainer, folder, trained, quiet)
+    described = describe_run("sequences", own, trainer, count_parameters(model), [], started)
+    record = {key: described[key] for key in ("seed", "parameters", "steps", "train", "dev", "resumed_at", "seconds")}
+    record |= {
+        "spec": spec.to_dict() if spec else "stock",
+        "bases": list(cell.bases),
+        "delays": list(cell.delays),
+        "cell": cell.name,
+        "scored_from": cell.scored_from,
+        "initial_conditions": [base**delay for base, delay in cell.tasks],
+        "chance": statistics.fmean(1 / base for base, _ in cell.tasks),
+        "ceiling": statistics.fmean(ceiling(base, config.task.noise) for base, _ in cell.tasks),
+        "eval_sha256": _checksum(trainer.eval_sets),
+        **trainer.score(),
+    }
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    write_json(done, record, default=str)
+
+
+def build_decoder(config: SequencesConfig, own: Any, cell: Cell) -> Any:
+    """The causal decoder of a cell, patched with `own.spec` when there is one; N symbols and a padding token."""
+    from transformers import BertConfig, BertLMHeadModel
+    from transformers.activations import ACT2FN
+
+    size = config.model
+    if size.activation not in ACT2FN:
+        raise ConfigError(unknown("value for model.activation:", size.activation, ACT2FN))
+    model_config = BertConfig(
+        vocab_size=max(cell.bases) + 1,
+        pad_token_id=max(cell.bases),  # not a symbol: BERT's padding has no embedding that is trained
+        hidden_size=size.hidden_size,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=size.ffn_dim,
+        hidden_act=size.activation,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        max_position_embeddings=config.task.length,
+        type_vocab_size=1,
+        initializer_range=size.init_std,
+        is_decoder=True,
+    )
+    model_config = patched_config(own, model_config)
+    backend = attention_backend(own)
+    if backend:
+        model_config._attn_implementation = backend
+    return BertLMHeadModel(model_config)
+
+
+def eval_sets(config: SequencesConfig, cell: Cell) -> dict[str, dict[str, torch.Tensor]]:
+    """For each task of the cell its test sequences: the same for every spec and seed."""
+    sets = {}
+    for base, delay in cell.tasks:
+        generator = generator_for(config.task.eval_seed, -1, base, delay)
+        x = nt_sequences(base, delay, config.task.length + 1, config.task.eval_sequences, config.task.noise, generator)
+        labels = scored_labels(x[:, 1:], cell)
+        sets[f"N{base}-tau{delay}"] = {"input_ids": x[:, :-1], "labels": labels}
+    return sets
+
+
+def _trainer(config: SequencesConfig, own: Any, model: Any, cell: Cell, started: float) -> SequenceTrainer:
+    from transformers import TrainingArguments
+
+    training, task = own.training, config.task
+    count = int(training.max_steps) * training.batch_size * training.gradient_accumulation
+    args = training_arguments(TrainingArguments, own)
+    sampler = SentenceBatchSampler([task.length] * count, training.batch_size, own.seed, group=False)
+    callbacks = callbacks_for(own, sampler, args, started)
+
+    def collate(rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        # By seed and rows alone: every spec sees the same sequences, and so does a run that was resumed.
+        return batch_of(cell, task.length, len(rows), task.noise, generator_for(own.seed, *rows))
+
+    trainer = SequenceTrainer(
+        model=model,
+        args=args,
+        train_dataset=_Rows(count),
+        eval_dataset=_Rows(task.eval_sequences),
+        callbacks=callbacks,
+        train_sampler=sampler,
+        collator=collate,
+        auxiliary=has_loss_hooks(model),
+        keep_checkpoints=training.keep_checkpoints,
+        cell=cell,
+        eval_sets=eval_sets(config, cell),
+    )
+    connect(trainer, callbacks)
+    return trainer
+
+
+def _checksum(sets: dict[str, dict[str, torch.Tensor]]) -> str:
+    return sha256_lines(repr(data[key].tolist()) for data in sets.values() for key in sorted(data))
+
+
+def _describe(config: SequencesConfig, specs: Sequence[AttentionSpec], records: list[dict[str, Any]]) -> dict[str, Any]:
+    tests = {record["cell"]: record["eval_sha256"] for record in records}
+    return {
+        "experiment": "sequences",
+        "specs": [str(spec) for spec in specs],
+        "seeds": config.seeds,
+        "cells": records,
+        "precision": config.training.precision,
+        "versions": versions(),
+        "machine": machine(),
+        "data": {
+            "test": [
+                {"name": name, "files": [{"path": "generated", "sha256": digest}]} for name, digest in tests.items()
+            ]
+        },
+        "config": config.as_dict(),
+    }
+
+
+def draw(results: dict[str, Any], out: Path) -> list[Path]:
+    """accuracy.png and accuracy.svg: a heat map for each spec, side by side; means over seeds."""
+    plt = figures.pyplot()
+    records = results["cells"]
+    rows = list(dict.fromkeys(tuple(record["bases"]) for record in records))
+    columns = list(dict.fromkeys(tuple(record["delays"]) for record in records))
+    names = results["specs"]
+    figure, panels = plt.subplots(
+        1,
+        len(names),
+        figsize=(1.6 + len(names) * max(0.75 * len(columns), 2.2), 1.6 + 0.55 * len(rows)),
+        layout="constrained",
+        squeeze=False,
+    )
+    image = None
+    for panel, name in zip(panels[0], names, strict=True):
+        grid = [[math.nan] * len(columns) for _ in rows]
+        for i, bases in enumerate(rows):
+            for j, delays in enumerate(columns):
+                found = _accuracies(records, name, bases, delays)
+                if not found:
+                    continue
+                grid[i][j] = statistics.fmean(found)
+                text = f"{grid[i][j]:.2f}" + (f"\n\u00b1{statistics.stdev(found):.2f}" if len(found) > 1 else "")
+                dark = grid[i][j] < 0.6
+                panel.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        image = panel.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        counts = sorted({r["parameters"]["trainable"] for r in records if _name(r) == name})
+        span = f"{counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "")
+        panel.set_title(f"{'softmax (stock)' if name == 'stock' else name}\n{span} parameters", fontsize=9)
+        panel.set_xticks(range(len(columns)), [label(delays) for delays in columns])
+        panel.set_yticks(range(len(rows)), [label(bases) for bases in rows])
+        panel.set_xlabel("delay tau")
+    panels[0][0].set_ylabel("base N")
+    figure.colorbar(image, ax=panels[0].tolist(), label="next-symbol accuracy")
+    return figures.save(figure, out / "accuracy")
+
+
+def _name(record: dict[str, Any]) -> str:
+    return "stock" if record["spec"] == "stock" else str(AttentionSpec.from_dict(record["spec"]))
+
+
+def _accuracies(
+    records: list[dict[str, Any]], name: str, bases: tuple[int, ...], delays: tuple[int, ...]
+) -> list[float]:
+    return [
+        record["accuracy"]
+        for record in records
+        if _name(record) == name and tuple(record["bases"]) == bases and tuple(record["delays"]) == delays
+    ]

@@ -1,0 +1,92 @@
+"""The config of scripts/train_sequences.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from attnpatch.experiments.sequence_tasks import Cell
+from attnpatch.training.config import CommonTraining, OutputConfig, at_least
+from attnpatch.training.errors import ConfigError
+
+
+@dataclass
+class TaskConfig:
+    """The grid: every base with every delay. A list among them is a mixture: delays: [2, 4, [2, 4]]."""
+
+    bases: list[Any] = field(default_factory=lambda: [2, 4])
+    delays: list[Any] = field(default_factory=lambda: [2, 4])
+    length: int = field(default=32, metadata=at_least(2))  # symbols that the model reads
+    noise: float = field(default=0.0, metadata=at_least(0, 0.99))  # probability that a symbol is another one
+    eval_sequences: int = field(default=256, metadata=at_least(1))  # for each task of a cell
+    eval_seed: int = field(default=1, metadata=at_least(0))
+
+
+@dataclass
+class DecoderConfig:
+    """A small causal decoder (BertLMHeadModel)."""
+
+    hidden_size: int = field(default=32, metadata=at_least(2))
+    layers: int = field(default=2, metadata=at_least(1))
+    heads: int = field(default=1, metadata=at_least(1))
+    ffn_dim: int = field(default=128, metadata=at_least(1))
+    activation: str = "gelu"
+    init_std: float = field(default=0.02, metadata=at_least(0))
+
+
+@dataclass
+class SequencesConfig:
+    """One run of scripts/train_sequences.py: all specs and seeds over the grid."""
+
+    specs: list[Any] = field(default_factory=lambda: ["stock", {"expressive": {"scale": 1.0}}])
+    seeds: list[int] = field(default_factory=lambda: [1])
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    training: CommonTraining = field(
+        default_factory=lambda: CommonTraining(
+            max_steps=1000, evaluate_every="never", save_every="never", final="last", precision="fp32"
+        )
+    )
+    output: OutputConfig = field(default_factory=lambda: OutputConfig(dir="runs/sequences"))
+
+    def __post_init__(self) -> None:
+        if self.model.hidden_size % self.model.heads:
+            raise ConfigError(
+                f"model.hidden_size={self.model.hidden_size} does not divide into model.heads={self.model.heads} "
+                "heads; choose a hidden_size that is a multiple of heads"
+            )
+        if self.training.max_steps is None:
+            raise ConfigError("training.max_steps is missing: sequences are drawn anew for ever, there are no epochs")
+        for name in ("specs", "seeds"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty: name at least one")
+        for cell in self.cells():
+            if cell.scored_from + 1 > self.task.length:
+                raise ConfigError(
+                    f"task.length={self.task.length} is too short for the delay {max(cell.delays)}: the first scored "
+                    f"symbol is at {cell.scored_from}; choose task.length={2 * cell.scored_from} or so"
+                )
+        self.training.check()
+
+    def cells(self) -> list[Cell]:
+        """The grid, base by base."""
+        bases = [_numbers("task.bases", item, 2) for item in self.task.bases]
+        delays = [_numbers("task.delays", item, 1) for item in self.task.delays]
+        if not bases or not delays:
+            raise ConfigError("task.bases and task.delays must each name at least one number")
+        return [Cell(base, delay) for base in bases for delay in delays]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The config as plain nested dicts, as it would stand in YAML."""
+        return dataclasses.asdict(self)
+
+
+def _numbers(key: str, item: Any, low: int) -> tuple[int, ...]:
+    items = item if isinstance(item, list) else [item]
+    for number in items:
+        if not isinstance(number, int) or isinstance(number, bool) or number < low:
+            raise ConfigError(f"{key} has {number!r}: a whole number of at least {low}, or a list of such (a mixture)")
+    if not items or len(set(items)) < len(items):
+        raise ConfigError(f"{key} has {item!r}: a mixture names each number once")
+    return tuple(items)

@@ -1,0 +1,296 @@
+"""How well r keys can stand for all: loss and output error of sparse attention in a trained language model.
+
+Value-aware Approximate Attention (Gupta & Berant, EMNLP 2021, arXiv 2103.09857): the figure of loss and error against r
+for the value-oblivious optimum (OVO, `top_r`), the value-aware one (OVA, `oracle`), the practical selectors between
+them, and exact attention as the floor. `run` is what scripts/eval_value_aware.py calls.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnpatch
+from attnpatch.environment import available_cpus, machine, versions
+from attnpatch.errors import AttnpatchError, CheckpointError
+from attnpatch.experiments import figures
+from attnpatch.experiments.value_aware_config import EXACT, ValueAwareConfig
+from attnpatch.functional import top_r_weights, value_aware_weights
+from attnpatch.pipeline import AttentionPipeline, pipeline_of
+from attnpatch.registry import find_sites
+from attnpatch.stages.select import SelectStage
+from attnpatch.training.batching import IGNORE
+from attnpatch.training.blocks import FixedBlocks, make_blocks
+from attnpatch.training.bpe import load_fast_tokenizer
+from attnpatch.training.errors import TrainingError
+from attnpatch.training.files import read_json, sha256_file
+from attnpatch.training.lm_modeling import FAMILIES, position_count
+from attnpatch.training.results import count_parameters, write_results
+from attnpatch.training.runs import speaker
+from attnpatch.training.text import LineText, load_text, merge_text
+from attnpatch.training.trainer import token_loss
+
+LABELS = {"top_r": "top-r (OVO)", "norm": "weight x norm", "centered": "weight x distance", "oracle": "oracle (OVA)"}
+
+
+class OutputErrors(SelectStage):
+    """Keeps all keys, and measures on the way what each sparse choice of them would do to the output.
+
+    `total[method, r]` is the sum of ||o - o~|| / ||o|| over the queries seen so far, `queries` their number.
+    """
+
+    def __init__(self, choices: Sequence[tuple[str, int]], swaps: int) -> None:
+        super().__init__()
+        self.choices = list(choices)
+        self.swaps = swaps
+        self.total = dict.fromkeys(self.choices, 0.0)
+        self.queries = 0
+
+    def forward(self, weights: Tensor, value: Tensor) -> Tensor:
+        value64 = value.double()
+        output = weights.double() @ value64
+        size = output.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
+        for method, r in self.choices:
+            sparse = sparse_weights(method, weights, value, r, self.swaps).double()
+            self.total[method, r] += float(((sparse @ value64 - output).norm(dim=-1) / size).sum())
+        self.queries += size.numel()
+        return weights
+
+
+def sparse_weights(method: str, weights: Tensor, value: Tensor, r: int, swaps: int = 0) -> Tensor:
+    """The weights [..., T, S] of one method at r."""
+    if method == "top_r":
+        return top_r_weights(weights, r)
+    return value_aware_weights(weights, value, r, selector=method, swaps=swaps if method == "oracle" else 0)
+
+
+def sparse_spec(method: str, r: int, swaps: int = 0) -> dict[str, dict[str, Any]]:
+    """The spec that makes a model attend so."""
+    if method == "top_r":
+        return {"top_r": {"r": r}}
+    options: dict[str, Any] = {"r": r, "selector": method}
+    return {"value_aware": options | ({"swaps": swaps} if method == "oracle" and swaps else {})}
+
+
+def run(config: ValueAwareConfig) -> dict[str, Any]:
+    """Evaluates every model under every kernel, and returns what stands in results.json.
+
+    Raises an AttnpatchError with one sentence for anything a person can mend.
+    """
+    started = time.perf_counter()
+    torch.set_num_threads(config.threads or available_cpus())
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    out = Path(config.output.dir)
+    say = speaker(config.output.quiet, True)
+    text = merge_text(load_text(config.data, "test"), "test")
+    models = []
+    for name in config.models:
+        model, tokenizer = _load(config, name)
+        data = _blocks(config, model, tokenizer, text)
+        for kernel in config.kernels:
+            record = _evaluate(config, name, kernel, model, data)
+            models.append(record)
+            say(
+                f"{name}, {record['kernel']} ({record['objective']}): exact perplexity "
+                f"{record['exact']['perplexity']:.3f}, {record['seconds']:.1f} s"
+            )
+            for row in record["rows"]:
+                say(
+                    f"  {row['method']:9} r={row['r']:<4} perplexity {row['perplexity']:10.3f}  output error "
+                    f"{row['output_error']:.4f}"
+                )
+    results = {
+        "experiment": "value_aware",
+        "models": models,
+        "precision": "fp32",
+        "seconds": {"this_process": round(time.perf_counter() - started, 2)},
+        "versions": versions(),
+        "machine": machine(),
+        "data": {"test": [{"name": text.name, "lines": len(text), "files": text.files}]},
+        "config": config.as_dict(),
+    }
+    draw(results, out)
+    say(f"results: {write_results(out, results)}")
+    return results
+
+
+def _load(config: ValueAwareConfig, name: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        inside = " (its model is in the folder model)" if (Path(name) / "model" / "config.json").is_file() else ""
+        raise CheckpointError(f"the folder {name} has no config.json, so it is not a model checkpoint{inside}")
+    try:
+        model_config = AutoConfig.from_pretrained(name)
+        if model_config.model_type not in FAMILIES:
+            raise TrainingError(
+                f"{name} is a {model_config.model_type} model; this study takes masked and causal language models of "
+                f"{' and '.join(FAMILIES)}"
+            )
+        auto = AutoModelForCausalLM if model_config.is_decoder else AutoModelForMaskedLM
+        model = auto.from_pretrained(name, dtype=torch.float32).eval()
+    except OSError as error:
+        if isinstance(error, AttnpatchError):
+            raise
+        raise CheckpointError(f"cannot load the model {name}: {' '.join(str(error).split())[:300]}") from error
+    if config.device == "auto" and torch.cuda.is_available():
+        model = model.cuda()
+    return model, load_fast_tokenizer(name)
+
+
+def _blocks(config: ValueAwareConfig, model: Any, tokenizer: Any, text: LineText) -> FixedBlocks:
+    size = config.data.block_size
+    if size > position_count(model.config):
+        raise TrainingError(
+            f"data.block_size={size} is more than the model's {position_count(model.config)} positions: choose at most "
+            "as many"
+        )
+    # Whole blocks alone: no query is padding then.
+    blocks = make_blocks(text, tokenizer, size, keep_last=False)
+    if len(blocks) < config.blocks:
+        raise TrainingError(f"blocks={config.blocks}: the text has only {len(blocks)} whole blocks of {size} tokens")
+    blocks.ids, blocks.lines = blocks.ids[: config.blocks], blocks.lines[: config.blocks]
+    return FixedBlocks(blocks, tokenizer, None if model.config.is_decoder else config.masking)
+
+
+def _evaluate(config: ValueAwareConfig, name: str, kernel: str, model: Any, data: FixedBlocks) -> dict[str, Any]:
+    started = time.perf_counter()
+    trained, taken = _stages(model)
+    if taken:
+        raise TrainingError(f"{name} is sparse already ({taken}): evaluate a model that attends to all keys")
+    chosen = trained if kernel == "own" else kernel
+    if chosen != trained and trained != "softmax":
+        raise TrainingError(
+            f"{name} was trained with {trained}, which cannot be exchanged for {chosen}: leave kernels=[own], or "
+            "evaluate a model that was trained with softmax"
+        )
+    heads = {site.head_dim for site in find_sites(model)}
+    if len(heads) > 1:
+        raise TrainingError(f"{name} has heads of different widths ({sorted(heads)})")
+    width = heads.pop()
+    numbers = sorted({width + 1 if r == EXACT else int(r) for r in config.r})
+    choices = [(method, r) for method in config.methods for r in numbers]
+    extra: dict[str, Any] = {} if chosen == trained else {chosen: {}}
+    with _with_kernel(model, extra):
+        exact, errors = _exact(config, model, data, choices)
+        rows = []
+        for method, r in choices:
+            with attnpatch.patched(model, sparse_spec(method, r, config.swaps)):
+                loss = _loss(config, model, data)
+            by_layer = [layer.total[method, r] / layer.queries for layer in errors]
+            rows.append(
+                {
+                    "method": method,
+                    "r": r,
+                    "loss": loss,
+                    "perplexity": math.exp(min(loss, 700)),
+                    "output_error": sum(by_layer) / len(by_layer),
+                    "output_error_by_layer": by_layer,
+                }
+            )
+    beside = Path(name).parent / "results.json"
+    weights = Path(name) / "model.safetensors"
+    return {
+        "path": name,
+        "sha256": sha256_file(weights) if weights.is_file() else None,
+        "seed": read_json(beside).get("seed") if beside.is_file() else None,
+        "kernel": chosen,
+        "kernel_trained": trained,
+        "objective": "causal" if model.config.is_decoder else "masked",
+        "head_dim": width,
+        "parameters": count_parameters(model),
+        "blocks": len(data),
+        "exact": {"loss": exact, "perplexity": math.exp(min(exact, 700)), "predicted_tokens": data.predicted},
+        "rows": rows,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def _stages(model: Any) -> tuple[str, str | None]:
+    """The kernel of a model, and its select variant if it has one."""
+    found = {stage: name for stages in attnpatch.patched_modules(model).values() for stage, name in stages.items()}
+    return found.get("score", "softmax"), found.get("select")
+
+
+@contextmanager
+def _with_kernel(model: Any, spec: dict[str, Any]) -> Iterator[None]:
+    if not spec or "softmax" in spec:
+        yield
+        return
+    with attnpatch.patched(model, spec):
+        yield
+
+
+def _exact(
+    config: ValueAwareConfig, model: Any, data: FixedBlocks, choices: Sequence[tuple[str, int]]
+) -> tuple[float, list[OutputErrors]]:
+    """The loss of exact attention, and what each choice would do to each layer's output on the exact activations."""
+    # Any variant of the stage builds the pipelines; its module is then replaced by one that measures.
+    with attnpatch.patched(model, "top_r"):
+        errors = []
+        for pipeline in _pipelines(model):
+            stage = OutputErrors(choices, config.swaps)
+            pipeline.set_stage("select", stage)
+            errors.append(stage)
+        loss = _loss(config, model, data)
+    return loss, errors
+
+
+def _pipelines(model: Any) -> list[AttentionPipeline]:
+    return [pipeline for pipeline in map(pipeline_of, model.modules()) if pipeline is not None]
+
+
+@torch.no_grad()
+def _loss(config: ValueAwareConfig, model: Any, data: FixedBlocks) -> float:
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for start in range(0, len(data), config.batch_size):
+        batch = data.batch(range(start, min(start + config.batch_size, len(data))))
+        batch = {name: value.to(device) for name, value in batch.items()}
+        labels = batch.pop("labels")
+        total += float(token_loss(model(**batch).logits, labels, 0.0))
+        count += int((labels != IGNORE).sum())
+    return total / count
+
+
+def draw(results: dict[str, Any], out: Path) -> list[Path]:
+    """value-aware.png and .svg: for each model a column, perplexity above and output error below, against r."""
+    plt = figures.pyplot()
+    models = results["models"]
+    figure, panels = plt.subplots(
+        2, len(models), figsize=(3.2 * len(models) + 1, 6), layout="constrained", squeeze=False, sharex="col"
+    )
+    for column, model in enumerate(models):
+        for key, axes in zip(("perplexity", "output_error"), panels[:, column], strict=True):
+            for i, method in enumerate(dict.fromkeys(row["method"] for row in model["rows"])):
+                rows = [row for row in model["rows"] if row["method"] == method]
+                axes.plot(
+                    [row["r"] for row in rows],
+                    [row[key] for row in rows],
+                    color=figures.COLORS[(i + 1) % len(figures.COLORS)],
+                    marker=figures.MARKERS[i % len(figures.MARKERS)],
+                    markersize=4,
+                    label=LABELS[method],
+                )
+            figures.plain(axes).set_xscale("log", base=2)
+            ticks = sorted({row["r"] for row in model["rows"]})
+            axes.set_xticks(ticks, [str(r) for r in ticks], fontsize=7)
+        upper, lower = panels[:, column]
+        upper.axhline(model["exact"]["perplexity"], color="black", linestyle=":", label="exact attention")
+        upper.set_yscale("log")
+        upper.set_title(f"{model['kernel']}, {model['objective']}\nD = {model['head_dim']}", fontsize=9)
+        lower.set_xlabel("keys kept, r")
+    panels[0][0].set_ylabel("perplexity")
+    panels[1][0].set_ylabel("output error ||o - o~|| / ||o||")
+    panels[0][0].legend(frameon=False, fontsize=8)
+    return figures.save(figure, out / "value-aware")

@@ -1,0 +1,219 @@
+"""The Trainer under every run: losses per item, one auxiliary loss, a clock, whole checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from attnpatch.training.batching import TokenBatchSampler
+from attnpatch.training.checkpoints import mark_complete, rotate
+from attnpatch.training.errors import TrainingError
+
+
+@dataclass
+class Progress:
+    """Time and tokens of a run, over all its parts when it was resumed.
+
+    Source tokens are those read (without padding), target tokens those predicted.
+    """
+
+    train_seconds: float = 0.0  # forward, backward, optimiser and batches; no evaluation, no saving
+    eval_seconds: float = 0.0
+    save_seconds: float = 0.0
+    source_tokens: int = 0
+    target_tokens: int = 0
+    resumed_at: list[int] = field(default_factory=list)  # optimiser steps
+
+
+class RunTrainer(Trainer):
+    """Trains on `train_sampler`'s batches; subclasses say what the loss of a batch is.
+
+    Args:
+        train_sampler: gives the batches; every process has the same one and takes its share.
+        collator: makes the model's inputs, `labels` among them, of rows.
+        auxiliary: whether the model is patched, and may have a loss of its own to add.
+        keep_checkpoints: how many of the newest checkpoints stay.
+
+    The loss is the sum over predicted tokens divided by their number in the whole accumulated batch of all
+    processes, plus the auxiliary loss once.
+    """
+
+    progress_unit = "tokens"
+
+    def __init__(
+        self,
+        *args: Any,
+        train_sampler: TokenBatchSampler,
+        collator: Any,
+        auxiliary: bool = False,
+        keep_checkpoints: int = 2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, data_collator=collator, **kwargs)
+        self.train_sampler = train_sampler
+        self.auxiliary = auxiliary
+        self.keep_checkpoints = keep_checkpoints
+        self.progress = Progress()
+        # Trainer then counts the labels of an accumulated batch, and does not divide the loss once more.
+        self.model_accepts_loss_kwargs = True
+        self._auxiliary_sum = 0.0
+        self._auxiliary_count = 0
+
+    # ---- what subclasses say ----
+
+    def summed_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | int, Any]:
+        """A batch's loss summed over its predicted tokens, their number, and the model's outputs."""
+        raise NotImplementedError(f"{type(self).__name__} must define summed_loss()")
+
+    def count_tokens(self, inputs: dict[str, Any]) -> tuple[int, int]:
+        """Tokens of a batch that are read, and that are predicted."""
+        raise NotImplementedError(f"{type(self).__name__} must define count_tokens()")
+
+    @property
+    def progress_tokens(self) -> int:
+        """The tokens that lines on the screen count."""
+        return self.progress.source_tokens
+
+    def where(self, rows: Any) -> str:
+        """Which data a batch was made of, for an error; "" when that is not known."""
+        return ""
+
+    # ---- batches ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The sampler's batches; accelerate deals them out to the processes in turn."""
+        loader: DataLoader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.train_sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    # ---- loss ----
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss per predicted token, plus the model's auxiliary loss once while training.
+
+        The labels do not go through the model, so a patched model cannot have added its auxiliary loss already.
+        """
+        total, own_count, outputs = self.summed_loss(model, dict(inputs))
+        count = own_count if num_items_in_batch is None else num_items_in_batch
+        loss = total / max(count, 1)
+        if model.training:
+            share = 1  # without a count, Trainer itself divides by the number of accumulated batches
+            if num_items_in_batch is not None:
+                # The count is that of all processes, and DDP takes the mean of their gradients.
+                loss = loss * self.accelerator.num_processes
+                share = int(getattr(self, "current_gradient_accumulation_steps", 1) or 1)
+            if self.auxiliary:
+                # A mean over its batch: over accumulated batches, the mean of the means.
+                loss = loss + self._auxiliary_loss(model).to(loss.dtype) / share
+        return (loss, outputs) if return_outputs else loss
+
+    def _auxiliary_loss(self, model: torch.nn.Module) -> torch.Tensor:
+        import attnpatch
+
+        extra = attnpatch.auxiliary_loss(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        self._auxiliary_sum += float(extra.detach())
+        self._auxiliary_count += 1
+        return extra
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """One forward and backward. Raises TrainingError when the loss is not finite."""
+        # Counted on the batch as it is, before it goes anywhere.
+        read, predicted = self.count_tokens(inputs)
+        self.progress.source_tokens += read
+        self.progress.target_tokens += predicted
+        rows = inputs.pop("rows", None)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not math.isfinite(loss.item()):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}{self.where(rows)} (learning rate "
+                f"{self._get_learning_rate():.3g}): training stopped; a lower learning rate, a longer warm-up or "
+                "training.precision=fp32 may help. The last checkpoint is untouched"
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the mean auxiliary loss since the last log."""
+        if self._auxiliary_count and "loss" in logs:
+            logs["auxiliary_loss"] = self._auxiliary_sum / self._auxiliary_count
+            self._auxiliary_sum, self._auxiliary_count = 0.0, 0
+        super().log(logs, *args, **kwargs)
+
+    # ---- evaluation ----
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Any]:
+        """The unwrapped model in evaluation mode; afterwards it is in the mode that it was in."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        training = model.training
+        model.eval()
+        try:
+            yield model
+        finally:
+            model.train(training)
+
+    def _evaluated(self, metrics: dict[str, float], loss: float, started: float) -> dict[str, float]:
+        """Logs an evaluation's metrics. Raises TrainingError when the loss is not finite."""
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss on the dev set is {loss} at step {self.state.global_step}: training stopped")
+        self.progress.eval_seconds += time.perf_counter() - started
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints ----
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Saves, declares the checkpoint whole, and only then deletes older ones."""
+        started = time.perf_counter()
+        super()._save_checkpoint(model, trial)  # args.save_total_limit is None: it deletes nothing
+        self.accelerator.wait_for_everyone()
+        self.progress.save_seconds += time.perf_counter() - started
+        if self.args.should_save:
+            folder = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
+            mark_complete(folder, {"progress": asdict(self.progress_now()), "world_size": self.args.world_size})
+            rotate(self.args.output_dir, self.keep_checkpoints, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def start_clock(self) -> None:
+        """Called when training starts or goes on."""
+        self._started = time.perf_counter()
+        self._before = self.progress.eval_seconds + self.progress.save_seconds - self.progress.train_seconds
+
+    def progress_now(self) -> Progress:
+        """The record of time and tokens up to now."""
+        aside = self.progress.eval_seconds + self.progress.save_seconds
+        if hasattr(self, "_started"):
+            self.progress.train_seconds = time.perf_counter() - self._started - (aside - self._before)
+        return self.progress
+
+    def stop_clock(self) -> None:
+        """Called when training has ended."""
+        self.progress_now()
+        if hasattr(self, "_started"):
+            del self._started

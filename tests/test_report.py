@@ -1,0 +1,254 @@
+"""`attnpatch report`: arithmetic against numbers worked out by hand, refusals, files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnpatch.cli import main
+from attnpatch.experiments.records import Metric, ReportError, find_results, group, load_runs
+from attnpatch.experiments.report import write_report
+from attnpatch.experiments.statistics import compare, summary
+
+MULTI30K = Path(__file__).resolve().parents[1] / "results" / "multi30k" / "stock-seed1.json"
+
+
+def result(spec: Any = "stock", seed: int = 1, value: float = 20.0, **changes: Any) -> dict[str, Any]:
+    """A results.json of train_mlm.py, as small as it can be."""
+    if spec != "stock":
+        from attnpatch.spec import AttentionSpec
+
+        resolved: Any = AttentionSpec.parse(spec).to_dict()
+    else:
+        resolved = "stock"
+    tree = {
+        "experiment": "mlm",
+        "spec": resolved,
+        "seed": seed,
+        "parameters": {"total": 120, "trainable": 100 if spec == "stock" else 150},
+        "dev": [{"step": 10, "epoch": 1.0, "loss": 3.0}, {"step": 20, "epoch": 2.0, "loss": math.log(value)}],
+        "train": [{"step": 5, "epoch": 0.5, "loss": 4.0}],
+        "scores": {"test": {"loss": math.log(value), "perplexity": value, "predicted_tokens": 50}},
+        "tokenizer": {"class": "RobertaTokenizer", "vocabulary": 300, "sha256": "t" * 64},
+        "data": {
+            split: [{"name": split, "files": [{"path": f"/somewhere/{seed}/{split}", "sha256": split * 8}]}]
+            for split in ("train", "dev", "test")
+        },
+        "machine": {"cpu": "a CPU"},
+        "versions": {"torch": "2"},
+        "precision": "fp32",
+        "config": {
+            "spec": None if spec == "stock" else spec,
+            "init": "preserve",
+            "seed": seed,
+            "model": {"layers": 2},
+            "training": {"learning_rate": 0.1, "threads": seed},
+            "output": {"dir": f"out{seed}"},
+        },
+    }
+    for path, new in changes.items():
+        node: Any = tree
+        *parents, last = path.split("__")
+        for name in parents:
+            node = node[name]
+        node[last] = new
+    return tree
+
+
+def put(folder: Path, *results: dict[str, Any]) -> list[str]:
+    paths = []
+    for i, tree in enumerate(results):
+        path = folder / f"run{i}" / "results.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(tree), encoding="utf-8")
+        paths.append(str(path))
+    return paths
+
+
+def test_arithmetic_by_hand(tmp_path: Path) -> None:
+    stock, neural = {1: 21.0, 2: 24.0, 3: 24.0}, {1: 19.0, 2: 23.0, 3: 21.0, 4: 10.0}
+    runs = [result(seed=s, value=v) for s, v in stock.items()] + [result("neural", s, v) for s, v in neural.items()]
+    random.shuffle(runs)
+    document = write_report(put(tmp_path, *runs), tmp_path / "out")
+    table = document["experiments"]["mlm"]["metrics"]["test: perplexity"]
+    assert table["higher_is_better"] is False
+    rows = {row["variant"]: row for row in table["rows"]}
+    assert [row["variant"] for row in table["rows"]] == ["stock", "neural"]
+    assert rows["stock"]["mean"] == pytest.approx(23.0)
+    assert rows["stock"]["deviation"] == pytest.approx(math.sqrt(3))  # (4 + 1 + 1) / 2
+    assert rows["stock"]["against"] is None
+    assert rows["neural"]["mean"] == pytest.approx(18.25)
+    assert rows["neural"]["parameters"] == 150
+    against = rows["neural"]["against"]
+    assert against["seeds"] == (1, 2, 3)  # seed 4 has no partner
+    assert against["mean"] == pytest.approx(-2.0)  # -2, -1, -3
+    assert against["deviation"] == pytest.approx(1.0)
+    assert against["better"] == 3
+    t = -2 / (1 / math.sqrt(3))
+    assert against["t"] == pytest.approx(t)
+    assert against["p"] == pytest.approx(1 - abs(t) / math.sqrt(2 + t * t))  # Student's t with 2 degrees of freedom
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "| neural | 150 | 4 | 18.25 |" in text
+    assert "| -2 | 3 of 3 | 0.0742 (n=3) |" in text
+    assert "paired t-test" in text
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["experiments"]["mlm"]["runs"][0]["scores"]
+    for name in ("mlm-dev-loss", "mlm-training-loss", "mlm-parameters"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
+        assert "<svg" in (tmp_path / "out" / f"{name}.svg").read_text(encoding="utf-8")
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_one_seed_and_equal_differences_allow_no_test() -> None:
+    one = compare({1: 3.0}, {1: 2.0, 2: 5.0}, True)
+    assert one is not None
+    assert (one.p, one.t, one.better, one.mean) == (None, None, 1, 1.0)
+    assert "no test is possible" in one.reason
+    equal = compare({1: 3.0, 2: 4.0}, {1: 2.0, 2: 3.0}, False)
+    assert equal is not None
+    assert (equal.p, equal.better) == (None, 0)
+    assert "equal" in equal.reason
+    assert compare({1: 3.0}, {2: 3.0}, True) is None
+    assert summary({1: 4.0}) == (4.0, None, 1)
+
+
+def test_one_seed_says_so_in_the_report(tmp_path: Path) -> None:
+    write_report(put(tmp_path, result(), result("neural", value=19.0)), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "neural: no test is possible with one common seed." in text
+    assert "no test |" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"data__train": [{"files": [{"path": "x", "sha256": "other"}]}]}, "mlm: the train data differ"),
+        ({"data__test": [{"files": [{"path": "x", "sha256": "other"}]}]}, "mlm: the test data differ"),
+        ({"tokenizer__sha256": "u" * 64}, "the tokenizers differ"),
+        ({"scores__test__predicted_tokens": 51}, "test was scored in different ways"),
+    ],
+)
+def test_runs_on_other_data_are_refused(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    paths = put(tmp_path, result(), result(seed=2), result("neural", **changes))
+    with pytest.raises(ReportError, match=expected) as caught:
+        write_report(paths, tmp_path / "out")
+    assert all(path in str(caught.value) for path in paths)
+    assert "must not be compared" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_text_in_another_form_is_the_same_data(tmp_path: Path) -> None:
+    files = [{"path": "a.parquet", "sha256": "p", "text_sha256": "same"}], [{"path": "a.txt", "sha256": "q"}]
+    other = copy.deepcopy(files[1])
+    other[0]["text_sha256"] = "same"
+    a = result(data__train=[{"files": files[0]}])
+    b = result("neural", data__train=[{"files": other}])
+    assert write_report(put(tmp_path, a, b), tmp_path / "out")
+
+
+def test_other_settings_are_another_variant(tmp_path: Path) -> None:
+    runs = [result(seed=s) for s in (1, 2)] + [result("neural", s) for s in (1, 2)]
+    runs += [result("neural", 1, 18.0, config__training__learning_rate=0.2)]
+    runs += [result("neural", 1, 18.0, config__init="paper"), result(seed=1, value=19.0, config__model__layers=3)]
+    members = group(load_runs(find_results(put(tmp_path, *runs))))["mlm"]
+    assert {run.label for run in members} == {
+        "stock",
+        "neural",
+        "neural [training.learning_rate=0.2]",
+        "neural (init paper)",
+        "stock [model.layers=3]",
+    }
+
+
+def test_broken_and_mixed_files_are_named(tmp_path: Path) -> None:
+    good = put(tmp_path, result())[0]
+    bad = {
+        "torn": ("{", "not valid JSON"),
+        "list": ("[1]", "a list"),
+        "other": ('{"a": 1}', "names no experiment"),
+        "cell": ('{"cell": "N2-tau2"}', "not finished"),
+        "demo": ('{"experiment": "demo"}', "the demo"),
+        "lacking": (json.dumps({k: v for k, v in result().items() if k != "seed"}), "lacks 'seed'"),
+        "nan": (json.dumps(result(scores__test__perplexity=math.nan)), "not finite"),
+        "empty": (json.dumps(result(scores={})), "no scores"),
+    }
+    for name, (text, _) in bad.items():
+        (tmp_path / f"{name}.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ReportError) as caught:
+        write_report([good, *(str(tmp_path / f"{name}.json") for name in bad)], tmp_path / "out")
+    message = str(caught.value)
+    assert f"{len(bad)} of {len(bad) + 1} results files cannot be used" in message
+    for name, (_, reason) in bad.items():
+        part = message.split(f"{name}.json: ")[1].split(";")[0]
+        assert reason in part
+    with pytest.raises(ReportError, match="are both mlm, stock, seed 1: leave one out"):
+        write_report(put(tmp_path, result(), result()), tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ReportError, match=r"no results\.json in the folder"):
+        write_report([tmp_path / "empty"], tmp_path / "out")
+    with pytest.raises(ReportError, match="no file or folder"):
+        write_report([tmp_path / "nowhere"], tmp_path / "out")
+
+
+def test_folders_are_searched_but_not_inside_a_run(tmp_path: Path) -> None:
+    paths = put(tmp_path, result(), result(seed=2))
+    inner = tmp_path / "run0" / "cells" / "a" / "results.json"
+    inner.parent.mkdir(parents=True)
+    inner.write_text("{}")
+    assert [str(path) for path in find_results([tmp_path])] == paths
+
+
+def test_a_real_file_of_train_marian(tmp_path: Path) -> None:
+    document = write_report([MULTI30K], tmp_path)
+    rows = document["experiments"]["translation"]["metrics"]["test_2016_flickr: BLEU"]["rows"]
+    assert rows[0]["mean"] == pytest.approx(38.5346)
+    assert rows[0]["parameters"] == 4977664
+    assert rows[0]["against"] is None
+
+
+def test_a_grid_of_sequences(tmp_path: Path) -> None:
+    def cell(spec: Any, seed: int, name: str, accuracy: float) -> dict[str, Any]:
+        return {
+            "spec": spec,
+            "seed": seed,
+            "cell": name,
+            "accuracy": accuracy,
+            "parameters": {"trainable": 10},
+            "train": [{"step": 1, "loss": 1.0}],
+        }
+
+    from attnpatch.spec import AttentionSpec
+
+    ea = AttentionSpec.parse({"expressive": {"scale": 1.0}}).to_dict()
+    values = {("stock", 1): (0.4, 0.6), ("stock", 2): (0.5, 0.7), ("ea", 1): (0.8, 1.0), ("ea", 2): (0.6, 0.9)}
+    cells = [
+        cell("stock" if spec == "stock" else ea, seed, name, accuracy)
+        for (spec, seed), pair in values.items()
+        for name, accuracy in zip(("N2-tau2", "N4-tau2"), pair, strict=True)
+    ]
+    data = {"test": [{"name": "N2-tau2", "files": [{"sha256": "a"}]}]}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"experiment": "sequences", "cells": cells, "data": data, "config": {}}))
+    runs = load_runs([path])
+    means = {(run.variant, run.seed): run.scores[Metric("mean of the grid", "accuracy")] for run in runs}
+    assert means["stock", 1] == pytest.approx(0.5)
+    assert means["expressive(scale=1.0)", 2] == pytest.approx(0.75)
+    document = write_report([path], tmp_path / "out")
+    row = document["experiments"]["sequences"]["metrics"]["mean of the grid: accuracy"]["rows"][1]
+    assert row["against"]["mean"] == pytest.approx(((0.9 - 0.5) + (0.75 - 0.6)) / 2)
+    assert row["against"]["better"] == 2
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "runs", result(), result("neural", value=19.0))
+    assert main(["report", str(tmp_path / "runs"), "--output", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["experiments"]["mlm"]["runs"]
+    assert main(["report", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]) == 0
+    assert "mlm: 2 runs" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "no file or folder" in capsys.readouterr().err
