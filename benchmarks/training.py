@@ -1,0 +1,264 @@
+"""Marian training and decoding against transformers' own example loop, as ratios in one process.
+
+    python benchmarks/training.py [--data FOLDER] [--out results/benchmarks/training-cpu.json] [--repeats 3]
+
+Peer in training: what transformers' `run_translation` example does (Seq2SeqTrainer, DataCollatorForSeq2Seq, pairs in
+random order, its default attention backend), with the same model, tokens, label smoothing and threads, and as many
+target tokens an update; once in float32, its default, and once with --bf16. Peer in decoding: `generate` with the same
+beams in file order, in batches of 8 (the example's default) and of as many sentences as ours has on average.
+
+The sides take turns. Before timing, the dev loss and the translations of both must agree, in float32. FOLDER holds
+train, val and test_2016_flickr (.de and .en) of Multi30k; without it the built-in synthetic grammar is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from toolkit import summary
+
+from attnpatch.atomic import write_json
+from attnpatch.environment import available_cpus, machine, versions
+from attnpatch.training.config import MarianTrainingConfig, load_config
+from attnpatch.training.data import load_split, merge
+from attnpatch.training.marian import run
+from attnpatch.training.runs import use_bf16
+from attnpatch.training.tokenizer import encode, load_tokenizer
+
+SETTINGS = """
+model: {d_model: 256, encoder_layers: 3, decoder_layers: 3, heads: 4, ffn_dim: 1024}
+tokenizer: {vocab_size: 6000}
+training:
+  max_tokens: 4096
+  learning_rate: 1.0e-3
+  schedule: inverse_sqrt
+  warmup_steps: 100
+  label_smoothing: 0.1
+  final: last
+  save_every: never
+generation: {num_beams: 5, max_length: 64}
+"""
+BEAMS, LONGEST = 5, 64
+
+
+class Sides:
+    """Ours and the example's way of training and decoding, on the same pairs and the same model."""
+
+    def __init__(self, data: Path, folder: Path, splits: dict[str, str], threads: int) -> None:
+        settings = folder / "settings.yaml"
+        settings.write_text(SETTINGS, encoding="utf-8")
+        self.settings, self.folder, self.threads = settings, folder, threads
+        self.words = [f"data.dir={data}", *(f"data.{k}={v}" for k, v in splits.items())]
+        self.words += [f"training.threads={threads}", "output.quiet=true", f"output.dir={folder / 'run'}"]
+        self.words += ["training.resume=never", "output.overwrite=true"]
+        config = self.config()
+        self.texts = {split: merge(load_split(config.data, split), split) for split in ("train", "test")}
+
+    def config(self, **settings: Any) -> MarianTrainingConfig:
+        words = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
+        return load_config(MarianTrainingConfig, str(self.settings), [*self.words, *words])
+
+    def ours(self, steps: int, precision: str, **settings: Any) -> dict[str, Any]:
+        """results.json of a run; its model stays in the folder run/model."""
+        evaluate = settings.pop("training__evaluate_every", "never")
+        return run(
+            self.config(
+                training__max_steps=steps, training__precision=precision, training__evaluate_every=evaluate, **settings
+            )
+        )
+
+    def load(self, precision: str = "fp32", backend: str = "sdpa") -> tuple[Any, Any]:
+        """The model that the last run of ours saved, and its tokenizer, as the example loads them."""
+        from transformers import AutoModelForSeq2SeqLM
+
+        path = self.folder / "run" / "model"
+        model = AutoModelForSeq2SeqLM.from_pretrained(path, attn_implementation=backend)
+        return model, load_tokenizer(path)
+
+    def rows(self, split: str, tokenizer: Any) -> Any:
+        import datasets
+
+        text = self.texts[split]
+        sources = encode(tokenizer, text.sources, 256)
+        targets = encode(tokenizer, text.targets, 256, target=True)
+        return datasets.Dataset.from_dict({"input_ids": sources, "labels": targets})
+
+    def example(self, steps: int, bf16: bool, pairs: int) -> float:
+        """The example's loop for `steps` updates of `pairs` pairs: target tokens a second."""
+        from transformers import DataCollatorForSeq2Seq, PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+        model, tokenizer = self.load()
+        arguments = Seq2SeqTrainingArguments(
+            output_dir=str(self.folder / "example"),
+            per_device_train_batch_size=pairs,
+            max_steps=steps,
+            learning_rate=1e-3,
+            label_smoothing_factor=0.1,
+            bf16=bf16,
+            use_cpu=not torch.cuda.is_available(),
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=1,
+        )
+        pad = DataCollatorForSeq2Seq(tokenizer, model=model)
+        counted = 0
+
+        def collate(batch: list[dict[str, Any]]) -> Any:
+            nonlocal counted
+            counted += sum(len(row["labels"]) for row in batch)
+            return pad(batch)
+
+        trainer = Seq2SeqTrainer(
+            model=model, args=arguments, train_dataset=self.rows("train", tokenizer), data_collator=collate
+        )
+        trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        return counted / seconds
+
+    def file_order(self, precision: str, sentences: int, backend: str = "sdpa") -> tuple[list[str], float]:
+        """The test set's translations by `generate` in file order, and the seconds they took."""
+        model, tokenizer = self.load(backend=backend)
+        model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        sources = self.texts["test"].sources
+        ids = encode(tokenizer, sources, 256)
+        out: list[str] = []
+        start = time.perf_counter()
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            for at in range(0, len(ids), sentences):
+                batch = tokenizer.pad({"input_ids": ids[at : at + sentences]}, return_tensors="pt").to(model.device)
+                produced = model.generate(**batch, num_beams=BEAMS, max_length=LONGEST)
+                out += tokenizer.batch_decode(produced, skip_special_tokens=True)
+        return out, time.perf_counter() - start
+
+    def loss(self) -> float:
+        """Negative log-likelihood per target token of the test set, in file order, float32."""
+        model, tokenizer = self.load()
+        model.eval()
+        rows, total, count = self.rows("test", tokenizer), 0.0, 0
+        from transformers import DataCollatorForSeq2Seq
+
+        pad = DataCollatorForSeq2Seq(tokenizer, model=model)
+        with torch.no_grad():
+            for at in range(0, len(rows), 16):
+                batch = pad(rows.select(range(at, min(at + 16, len(rows)))).to_list())
+                tokens = int((batch["labels"] != -100).sum())
+                total += float(model(**batch).loss) * tokens
+                count += tokens
+        return total / count
+
+
+def check(sides: Sides, steps: int) -> dict[str, Any]:
+    """Trains a model that has learnt to end its sentences (else decoding would measure max_length), and holds both
+    sides' loss and translations of the test text against each other, in float32.
+
+    Raises:
+        SystemExit: they disagree.
+    """
+    first = sides.ours(steps, "fp32", training__evaluate_every=steps, generation__test="true")
+    gap = abs(first["dev"][-1]["loss"] - sides.loss())
+    if not gap < 1e-4:
+        raise SystemExit(f"the sides disagree: the losses of one model on one text differ by {gap:.2e}")
+    scores = next(iter(first["scores"].values()))
+    ours = (sides.folder / "run" / scores["hypotheses"]).read_text("utf-8").splitlines()
+    peer = [" ".join(line.split()) for line in sides.file_order("fp32", 8)[0]]
+    same = sum(a == b for a, b in zip(ours, peer, strict=True)) / len(peer)
+    if same < 0.99:
+        raise SystemExit(f"the sides disagree: only {same:.1%} of the translations are equal in float32")
+    pairs = max(round(len(sides.texts["train"]) * first["epochs"] / first["steps"]), 1)
+    return {"updates": steps, "loss_gap": gap, "equal_translations": same, "pairs_per_update": pairs}
+
+
+def measure(sides: Sides, steps: int, repeats: int, trained: int) -> dict[str, Any]:
+    """Both sides in turn, `repeats` times; ratios of tokens and sentences a second, over each peer."""
+    checked = check(sides, trained)
+    kept = sides.folder / "kept"
+    (sides.folder / "run" / "model").rename(kept)
+    fast = "bf16" if use_bf16("auto", not torch.cuda.is_available()) else "fp32"
+    rates: dict[str, list[float]] = {"ours": [], "example, fp32": [], "example, bf16": []}
+    for i in range(repeats):
+        result = sides.ours(steps, "auto", generation__test="false")
+        rates["ours"].append(result["tokens"]["target_per_second"])
+        for name, bf16 in (("example, fp32", False), ("example, bf16", True)):
+            rates[name].append(sides.example(steps, bf16, checked["pairs_per_update"]))
+        print("training, target tokens/s: " + _last(rates), file=sys.stderr)
+        shutil.rmtree(sides.folder / "run" / "model") if i + 1 < repeats else None
+    training = {"updates": steps, "precision_of_ours": fast} | _ratios(rates)
+
+    words = {"model__pretrained": str(kept), "tokenizer__path": str(kept), "generation__test": "true"}
+    decoding_rates: dict[str, list[float]] = {"ours": []}
+    count = len(sides.texts["test"])
+    for _ in range(repeats):
+        # One update at a learning rate of zero: what is decoded is the model that was kept.
+        result = sides.ours(1, "auto", training__learning_rate=0.0, **words)
+        scores = next(iter(result["scores"].values()))
+        decoding_rates["ours"].append(count / scores["seconds"])
+        for precision in ("fp32", "bf16"):
+            for size in (8, 64):
+                name = f"generate in file order, {precision}, batches of {size}"
+                seconds = sides.file_order(precision, size)[1]
+                decoding_rates.setdefault(name, []).append(count / seconds)
+        print("decoding, sentences/s: " + _last(decoding_rates), file=sys.stderr)
+    decoding = {"sentences": count, "num_beams": BEAMS, "precision_of_ours": fast} | _ratios(decoding_rates)
+    return {"check": checked, "training": training, "decoding": decoding}
+
+
+def _last(rates: dict[str, list[float]]) -> str:
+    return ", ".join(f"{name} {values[-1]:,.0f}" for name, values in rates.items())
+
+
+def _ratios(rates: dict[str, list[float]]) -> dict[str, Any]:
+    return {
+        "per_second": {name: summary(values) for name, values in rates.items()},
+        "ratio": {
+            name: summary([a / b for a, b in zip(rates["ours"], values, strict=True)])
+            for name, values in rates.items()
+            if name != "ours"
+        },
+    }
+
+
+def synthetic(folder: Path) -> Path:
+    """The built-in grammar's pairs, as files."""
+    from attnpatch.training.grammar import write_corpus
+
+    write_corpus(folder, 20_000, 100, 500, 1)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="a folder with Multi30k; default: synthetic text")
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/training-cpu.json"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=40, help="timed updates of each side in each repeat")
+    parser.add_argument("--trained", type=int, default=300, help="updates of the model that is decoded")
+    parser.add_argument("--threads", type=int, default=None, help="default: all CPUs")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if arguments.data is None:
+            data, splits = synthetic(folder), {"train": "train", "dev": "test", "test": "[test]"}
+        else:
+            data = arguments.data
+            splits = {"train": "train", "dev": "test_2016_flickr", "test": "[test_2016_flickr]"}
+        sides = Sides(data, folder, splits, arguments.threads or available_cpus())
+        result = measure(sides, arguments.updates, arguments.repeats, arguments.trained)
+    result["data"] = "Multi30k" if arguments.data else "synthetic grammar"
+    result["machine"] = machine() | {"versions": versions()}
+    write_json(arguments.out, result)
+    print(f"wrote {arguments.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
