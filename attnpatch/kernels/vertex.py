@@ -41,7 +41,7 @@ def solve_exactly(weights: Tensor, values: Tensor, wanted: Tensor) -> tuple[Tens
         Sparse weights [G, T, S], zero in rows that are not solved, and which rows are: [G, T]. A row may be left
         unsolved where the values do not span D dimensions, or in rare cases by rounding.
     """
-    n_group, n_query, n_key = weights.shape
+    n_group, _, n_key = weights.shape
     sparse, solved = torch.zeros_like(weights), torch.zeros_like(wanted)
     if n_key <= values.shape[-1] or not bool(wanted.any()):
         return sparse, solved
