@@ -137,21 +137,21 @@ def _gated_value_sum_backward(
         if mix_q is None or mix_v is None or d_mix_q is None or d_mix_v is None:
             d_weights[n, t] = torch.mul(w, v, out=product).sum(-1)
             w.mul_(a.unsqueeze(-1))  # d loss / d f, f = v
-            d_value[n] += w.sum(1)
+            d_value[n].add_(w.sum(1))
             w.addcmul_(w, s, value=-1)  # a g s (1 - s)
-            d_gate_v[n] += w.sum(1)  # times v_j, at the end
+            d_gate_v[n].add_(w.sum(1))  # times v_j, at the end
             d_gate_q[n, t] = torch.mul(w, v, out=product).sum(2)
         else:
             u = _outer_sum(mix_q[n, t], mix_v[n], buffers[3], shape).tanh_()
             f = torch.sub(u, v, out=_view(buffers[4], shape))
             d_weights[n, t] = torch.mul(w, f, out=product).sum(-1)
             w.mul_(a.unsqueeze(-1))
-            d_value[n] -= w.sum(1)
+            d_value[n].sub_(w.sum(1))
             slope = u.square_().neg_().add_(1).mul_(w)  # a g s (1 - u^2)
             d_mix_q[n, t] = slope.sum(2)
-            d_mix_v[n] += slope.sum(1)
+            d_mix_v[n].add_(slope.sum(1))
             w.addcmul_(w, s, value=-1).mul_(f)
-            d_gate_v[n] += w.sum(1)
+            d_gate_v[n].add_(w.sum(1))
             d_gate_q[n, t] = w.sum(2)
     gradients = [d_weights, d_value, d_gate_q, d_gate_v]
     if d_mix_q is not None and d_mix_v is not None:
