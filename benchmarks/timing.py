@@ -140,6 +140,7 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 def check_close(name: str, actual: Any, expected: Any, tolerance: float) -> float:
     """The largest difference, relative to the largest expected number; stops the benchmark above the tolerance."""
+    actual, expected = actual.detach(), expected.detach()
     difference = float(
         (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)
     )

@@ -281,6 +281,16 @@ def test_the_sinkhorn_loop_keeps_no_memory():
     assert saved(1) == saved(300) < 10 * 32 * 32
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_no_matrix_of_queries_and_keys_waits_for_the_backward_pass(method):
+    length = 64
+    q, k = tensors(1, 1, length, length, D)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        al.alignment_loss(q, k, padding(1, length), method, **networks(method))
+    assert 0 < max(kept) < length * length
+
+
 # ---------------------------------------------------------------------------------------------- measure
 
 

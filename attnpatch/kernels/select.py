@@ -156,6 +156,12 @@ def _best_mask(weights: Tensor, score: Tensor, r: int) -> Tensor:
     positive = ~(weights <= 0)
     if r >= weights.shape[-1]:
         return positive
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Without ties at the r-th score or NaN, a threshold is enough, at a fraction of a sort.
+        ranked = score.masked_fill(~positive, -torch.inf)
+        keep = (ranked >= ranked.topk(r, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)) & positive
+        if torch.equal(keep.sum(dim=-1), positive.sum(dim=-1).clamp(max=r)):
+            return keep
     # topk does not say which of two equal entries it takes; a stable sort does.
     order = torch.sort(weights, dim=-1, descending=True, stable=True).indices
     if score is not weights:
