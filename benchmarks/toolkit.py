@@ -22,9 +22,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+from timing import machine, summary, write
 
 STEP_SPECS: list[Any] = [
     "neural",
@@ -86,10 +87,6 @@ seconds = time.perf_counter() - start
 peak = high_water()
 print(json.dumps({"seconds": seconds, "libraries_kib": before, "peak_kib": peak}))
 """
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
 def child(code: str, *arguments: str) -> dict[str, float]:
@@ -265,12 +262,6 @@ def _label(spec: dict[str, Any]) -> str:
     return f"{spec['variant']}({options})"
 
 
-def about() -> dict[str, Any]:
-    from attnpatch.environment import LIBRARIES, machine, versions
-
-    return {"date": date.today().isoformat(), **machine(), **versions(LIBRARIES)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/toolkit-cpu.json"))
@@ -288,13 +279,11 @@ def main() -> None:
     for name in chosen:
         if name not in parts:
             parser.error(f"unknown part {name!r}; known: {', '.join(parts)}")
-    from attnpatch.atomic import write_json
-
     results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for name in chosen:
         print(f"measuring {name}", file=sys.stderr)
-        results[name] = parts[name]() | {"machine": about()}
-        write_json(arguments.out, results)
+        results[name] = parts[name]() | {"machine": machine()}
+        write(arguments.out, results)
     print(f"wrote {arguments.out}", file=sys.stderr)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import oracles_qv as oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
@@ -224,7 +225,7 @@ def test_plan_has_its_marginals_and_the_form_of_entropic_transport():
 
 
 def test_default_tolerance_holds_at_the_default_eps():
-    q, k = (al._unit(x.detach()) for x in tensors(2, 3, 40, 40, 16, dtype=torch.float32))
+    q, k = (F.normalize(x.detach(), dim=-1) for x in tensors(2, 3, 40, 40, 16, dtype=torch.float32))
     plan = al.sinkhorn_plan(1 - q @ k.mT)
     torch.testing.assert_close(plan.sum(-2), torch.full((2, 3, 40), 1 / 40), atol=1e-6, rtol=0)
     assert float((plan.sum(-1) - 1 / 40).abs().sum(-1).max()) < 1e-2
@@ -234,14 +235,14 @@ def test_small_eps_approaches_the_linear_programme():
     from scipy.optimize import linear_sum_assignment, linprog
 
     q, k = tensors(2, 1, 6, 6)
-    cost = (1 - al._unit(q) @ al._unit(k).mT).detach().numpy()
+    cost = (1 - F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).detach().numpy()
     loss = al.alignment_loss(q, k, method="ot", eps=2e-3, iterations=50_000, tolerance=1e-5, reduction="none")
     for n in range(2):
         i, j = linear_sum_assignment(cost[n, 0])
         assert abs(float(loss[n, 0]) - cost[n, 0][i, j].mean()) < 5e-3
 
     q, k = tensors(1, 1, 3, 5)  # not an assignment
-    cost = (1 - al._unit(q) @ al._unit(k).mT).detach().numpy()[0, 0]
+    cost = (1 - F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).detach().numpy()[0, 0]
     rows = np.kron(np.eye(3), np.ones(5))
     columns = np.kron(np.ones(3), np.eye(5))
     best = linprog(cost.ravel(), A_eq=np.vstack([rows, columns]), b_eq=[1 / 3] * 3 + [1 / 5] * 5).fun
@@ -255,7 +256,7 @@ def test_ot_gradient_is_that_of_the_entropic_objective():
     settings = {"eps": 0.1, "iterations": 50_000, "tolerance": 1e-12}
 
     def objective(query):
-        cost = 1 - al._unit(query) @ al._unit(key).mT
+        cost = 1 - F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).mT
         plan = al.sinkhorn_plan(cost, **settings)
         return float((plan * cost).sum() + 0.1 * torch.xlogy(plan, plan).sum())
 
@@ -278,6 +279,16 @@ def test_the_sinkhorn_loop_keeps_no_memory():
         return sum(count)
 
     assert saved(1) == saved(300) < 10 * 32 * 32
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_matrix_of_queries_and_keys_waits_for_the_backward_pass(method):
+    length = 64
+    q, k = tensors(1, 1, length, length, D)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        al.alignment_loss(q, k, padding(1, length), method, **networks(method))
+    assert 0 < max(kept) < length * length
 
 
 # ---------------------------------------------------------------------------------------------- measure

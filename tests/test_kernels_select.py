@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnpatch.kernels import select
+from attnpatch.kernels import select, vertex
 from attnpatch.kernels.score import attention_weights
 from attnpatch.kernels.select import top_r_weights, value_aware_weights
 
@@ -178,6 +178,39 @@ def test_oracle_against_enumeration(seed: int, head_dim: int) -> None:
     assert hits[1] >= hits[0]
 
 
+@pytest.mark.parametrize("mask", ["none", "keys", "causal"])
+@pytest.mark.parametrize("head_dim", [2, 9, 24])
+def test_exact_solver_by_itself(seed: int, head_dim: int, mask: str) -> None:
+    """What the vertex solver calls solved is solved, and on plain values it solves nearly every row."""
+    n_key, n_query = 4 * head_dim + 3, 4 * head_dim + 3
+    for sharpness in (0.2, 1.0, 5.0):
+        weights = random_weights(3, n_query, n_key, sharpness=sharpness)
+        if mask != "none":
+            hidden = torch.rand(3, 1, n_key) < 0.2 if mask == "keys" else torch.ones(n_query, n_key).triu(1).bool()
+            weights = weights.masked_fill(hidden, 0.0)
+            weights = weights / weights.sum(-1, keepdim=True)
+        value = randn(3, n_key, head_dim) * 10.0 ** torch.randint(-3, 4, (3, 1, 1)) + 100 * randn(3, 1, head_dim)
+        wanted = (weights > 0).sum(-1) > head_dim + 1
+        wanted &= torch.rand(wanted.shape) < 0.8
+        garbage = value.masked_fill(~(weights > 0).any(1).unsqueeze(-1), 1e30)
+        sparse, solved = vertex.solve_exactly(weights, garbage, wanted)
+        assert not solved[~wanted].any()
+        assert not sparse[~solved].any()
+        # Under a causal mask the keys that all rows see are few, and may not span the space.
+        assert mask == "causal" or solved[wanted].double().mean() > 0.9
+        check_form(weights[solved], sparse[solved], head_dim + 1)
+        size = float(value.abs().max())
+        assert error(weights, sparse, value)[solved].max() < 1e-12 * size
+
+
+def test_exact_solver_gives_up_on_flat_values(seed: int) -> None:
+    weights = random_weights(2, 5, 12)
+    flat = randn(2, 12, 2) @ randn(2, 2, 4)
+    sparse, solved = vertex.solve_exactly(weights, flat, torch.ones(2, 5, dtype=torch.bool))
+    assert not solved.any()
+    assert not sparse.any()
+
+
 def degenerate_values(kind: str, n_batch: int, n_key: int, head_dim: int) -> Tensor:
     value = randn(n_batch, 1, n_key, head_dim)
     if kind == "duplicates":
@@ -229,7 +262,7 @@ def test_oracle_is_never_worse_than_top_r(seed: int, kind: str, swaps: int) -> N
             random_weights(6, 1, 8, n_key, sharpness=0.1),
             random_weights(6, 1, 8, n_key, sharpness=20.0),
             torch.eye(n_key).double().expand(6, 1, -1, -1),  # one-hot rows
-            torch.full((6, 1, 1, n_key), 1 / n_key).double(),
+            torch.full((6, 1, 1, n_key), 1 / n_key, dtype=torch.float64),
         ],
         dim=-2,
     )

@@ -21,11 +21,14 @@ autocast.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from ..errors import SpecError, unknown
@@ -91,7 +94,7 @@ class Highway(_Network):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = torch.sigmoid(self.gate(x))
-        return gate * F.relu(self.transform(x)) + (1 - gate) * x
+        return torch.lerp(x, F.relu(self.transform(x)), gate)
 
 
 class Discriminator(_Network):
@@ -135,10 +138,21 @@ class Critic(_Network):
 # ----------------------------------------------------------------------------------------- shared pieces
 
 
-def _prepare(
-    query: Tensor, key: Tensor, key_padding_mask: Tensor | None, query_padding_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Checked and upcast query and key with zeros for padding, and their valid tokens [B, L] (None: all)."""
+@dataclass(frozen=True)
+class _Tokens:
+    """Queries and keys of every problem in one tensor, so that each network is called once."""
+
+    x: Tensor  # [B, H, T + S, D], zero where padding
+    length: int  # T
+    q_valid: Tensor | None  # [B, T]; None (then both are): all
+    k_valid: Tensor | None  # [B, S]
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, H, T + S, ...] -> the queries' part and the keys' part, as views."""
+        return x[:, :, : self.length], x[:, :, self.length :]
+
+
+def _prepare(query: Tensor, key: Tensor, key_padding_mask: Tensor | None, query_padding_mask: Tensor | None) -> _Tokens:
     if query.dim() != 4 or key.dim() != 4 or query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
         raise SpecError(
             "query and key have to be [batch, heads, length, head_dim] and may differ in length only;"
@@ -156,15 +170,46 @@ def _prepare(
                 f" got {mask.dtype} {tuple(mask.shape)}"
             )
     dtype = torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
-    query, key = query.to(dtype), key.to(dtype)
+    tokens = torch.cat([query, key], dim=2).to(dtype)
     if query_padding_mask is None and key_padding_mask is None:
-        return query, key, None, None
+        return _Tokens(tokens, query.shape[2], None, None)
     none_padded = [torch.zeros(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device) for x in (query, key)]
     q_padding = none_padded[0] if query_padding_mask is None else query_padding_mask
     k_padding = none_padded[1] if key_padding_mask is None else key_padding_mask
-    query = query.masked_fill(q_padding[:, None, :, None], 0.0)
-    key = key.masked_fill(k_padding[:, None, :, None], 0.0)
-    return query, key, ~q_padding, ~k_padding
+    tokens = tokens.masked_fill_(torch.cat([q_padding, k_padding], dim=1)[:, None, :, None], 0.0)
+    return _Tokens(tokens, query.shape[2], ~q_padding, ~k_padding)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss [B, H] whose gradients with respect to its inputs [B, H, L, D] were computed along with it.
+
+    Nothing of size T x S waits for the backward pass, which is one product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, count: int, *inputs_and_gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs_and_gradients[count:])
+        ctx.count = count
+        return loss.view_as(loss)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grad[..., None, None]
+        return (None, None, *(scale * x for x in ctx.saved_tensors), *[None] * ctx.count)
+
+
+def _with_gradients(loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    return _WithGradients.apply(loss, len(inputs), *inputs, *gradients)
+
+
+def _blocks(count: int, elements: int, device: torch.device) -> list[slice]:
+    """`count` problems of `elements` numbers each in parts that a CPU's cache holds."""
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        size = max(1, (1 << 27) // elements)
+    else:
+        size = max(1, (1 << 18) // elements)
+    return [slice(i, i + size) for i in range(0, count, size)]
 
 
 def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
@@ -189,49 +234,96 @@ def _reduce(loss: Tensor, q_valid: Tensor | None, k_valid: Tensor | None, reduct
     return per_head if reduction == "head" else per_head.mean()
 
 
-def _unit(x: Tensor) -> Tensor:
-    """x / |x|; a vector shorter than 1e-6 has no direction: 0, with zero gradient, so that its cosine is 0."""
+def _unit_and_inverse(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / |x| and 1 / |x|, both 0 for a vector shorter than 1e-6: it has no direction, its cosine is 0."""
     square = x.square().sum(-1, keepdim=True)
     tiny = square <= _TINY_NORM**2
-    return (x * torch.where(tiny, 1.0, square).rsqrt()).masked_fill(tiny, 0.0)
+    inverse = torch.where(tiny, 1.0, square).rsqrt().masked_fill(tiny, 0.0)
+    return x * inverse, inverse
 
 
 # ---------------------------------------------------------------------------------------------- methods
 
 
-def _conditional_transport(
-    query: Tensor,
-    key: Tensor,
-    q_valid: Tensor | None,
-    k_valid: Tensor | None,
-    navigator: nn.Module | None,
-    critic: nn.Module | None,
-) -> Tensor:
-    """sum_j p_ij (1 - e_qi . e_kj) = 1 - e_qi . sum_j p_ij e_kj: each direction is one fused attention with
-    values e, and nothing of size T x S is kept."""
-    q_nav, k_nav = _call(navigator, query), _call(navigator, key)
-    q_unit = _unit(_call(critic, query, adversary=True))
-    k_unit = _unit(_call(critic, key, adversary=True))
-
-    def direction(a: Tensor, b: Tensor, a_unit: Tensor, b_unit: Tensor, b_valid: Tensor | None) -> Tensor:
-        mask = None
-        if b_valid is not None:
-            # A sequence without a valid token is dropped later, and must not give NaN here.
-            mask = (b_valid | ~b_valid.any(-1, keepdim=True))[:, None, None, :]
-        moved = F.scaled_dot_product_attention(a, b, b_unit, attn_mask=mask, scale=1.0)
-        return 1 - (a_unit * moved).sum(-1)
-
-    forward = _mean(direction(q_nav, k_nav, q_unit, k_unit, k_valid), q_valid)
-    backward = _mean(direction(k_nav, q_nav, k_unit, q_unit, q_valid), k_valid)
-    return (forward + backward) / 2
+def _shares(tokens: _Tokens, queries: bool) -> Tensor:
+    """1 / n at the n valid tokens of a sequence, 0 at padding: [B, L]."""
+    valid = tokens.q_valid if queries else tokens.k_valid
+    if valid is None:
+        length = tokens.length if queries else tokens.x.shape[2] - tokens.length
+        return tokens.x.new_full((tokens.x.shape[0], length), 1.0 / max(length, 1))
+    return valid.to(tokens.x.dtype) / valid.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _adversarial(
-    query: Tensor, key: Tensor, q_valid: Tensor | None, k_valid: Tensor | None, discriminator: nn.Module
-) -> Tensor:
-    q_logit = _call(discriminator, query, adversary=True)
-    k_logit = _call(discriminator, key, adversary=True)
-    return _mean(F.logsigmoid(q_logit), q_valid) + _mean(F.logsigmoid(-k_logit), k_valid)
+def _conditional_transport(tokens: _Tokens, navigator: nn.Module | None, critic: nn.Module | None) -> Tensor:
+    """Loss [B, H]; with W = 1/2 (a_i softmax_j(S)_ij + b_j softmax_i(S)_ij) it is sum_ij W_ij (1 - cos_ij).
+
+    Both directions share S and the cosines. Their gradients are taken at once, so that the T x S matrices of a
+    few problems at a time are all that ever exists.
+    """
+    moves = _call(navigator, tokens.x)
+    features = _call(critic, tokens.x, adversary=True)
+    needs = torch.is_grad_enabled() and (moves.requires_grad or features.requires_grad)
+    with torch.no_grad():
+        loss, gradients = _transport_losses(tokens, moves.detach(), features.detach(), needs)
+    return _with_gradients(loss, (moves, features), gradients) if needs else loss
+
+
+def _transport_losses(
+    tokens: _Tokens, moves: Tensor, features: Tensor, needs_gradients: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    batch, heads, total, dim = tokens.x.shape
+    length, many = tokens.length, batch * heads
+    unit, inverse = _unit_and_inverse(features)
+    a = _shares(tokens, queries=True).repeat_interleave(heads, 0).unsqueeze(-1) / 2  # [B H, T, 1]
+    b = _shares(tokens, queries=False).repeat_interleave(heads, 0).unsqueeze(-2) / 2  # [B H, 1, S]
+    off = None
+    if tokens.q_valid is not None and tokens.k_valid is not None:
+        # A sequence without a valid token is dropped later, and must not give NaN here: a finite number.
+        off = ~(tokens.q_valid[:, :, None] & tokens.k_valid[:, None]).repeat_interleave(heads, 0)
+    moves, unit = moves.reshape(many, total, dim), unit.reshape(many, total, dim)
+    loss = torch.empty(many, dtype=unit.dtype, device=unit.device)
+    d_moves, d_unit = (torch.empty_like(unit), torch.empty_like(unit)) if needs_gradients else (None, None)
+    for part in _blocks(many, length * (total - length), unit.device):
+        q_move, k_move = moves[part, :length], moves[part, length:]
+        q_unit, k_unit = unit[part, :length], unit[part, length:]
+        scores = torch.bmm(q_move, k_move.mT)
+        if off is not None:
+            scores.masked_fill_(off[part], torch.finfo(scores.dtype).min)
+        cosine = torch.bmm(q_unit, k_unit.mT)
+        forward = torch.softmax(scores, -1).mul_(a[part])
+        backward = torch.softmax(scores, -2).mul_(b[part])
+        if off is not None:
+            forward.masked_fill_(off[part], 0.0)
+            backward.masked_fill_(off[part], 0.0)
+        plan = forward + backward
+        gain = plan * cosine
+        loss[part] = plan.sum((-1, -2)) - gain.sum((-1, -2))
+        if d_moves is None or d_unit is None:
+            continue
+        # sum_j forward_ij cos_ij = a_i E_i[cos], and the softmax's gradient is forward (cos - E[cos]).
+        row_mean = _ratio(torch.einsum("nij,nij->ni", forward, cosine).unsqueeze(-1), a[part])
+        column_mean = _ratio(torch.einsum("nij,nij->nj", backward, cosine).unsqueeze(-2), b[part])
+        d_scores = forward.mul_(row_mean).addcmul_(backward, column_mean).sub_(gain)
+        d_moves[part, :length] = torch.bmm(d_scores, k_move)
+        d_moves[part, length:] = torch.bmm(d_scores.mT, q_move)
+        d_unit[part, :length] = torch.bmm(plan, k_unit)
+        d_unit[part, length:] = torch.bmm(plan.mT, q_unit)
+    shape = (batch, heads, total, dim)
+    if d_moves is None or d_unit is None:
+        return loss.view(batch, heads), ()
+    # Through x / |x|, with the sign of -cos: (e (e . g) - g) / |x|.
+    d_features = (unit * (unit * d_unit).sum(-1, keepdim=True)).sub_(d_unit).view(shape).mul_(inverse)
+    return loss.view(batch, heads), (d_moves.view(shape), d_features)
+
+
+def _ratio(x: Tensor, y: Tensor) -> Tensor:
+    """x / y, and 0 where y is 0."""
+    return (x / y.masked_fill(y == 0, 1.0)).masked_fill(y == 0, 0.0)
+
+
+def _adversarial(tokens: _Tokens, discriminator: nn.Module) -> Tensor:
+    q_logit, k_logit = tokens.split(_call(discriminator, tokens.x, adversary=True))
+    return _mean(F.logsigmoid(q_logit), tokens.q_valid) + _mean(F.logsigmoid(-k_logit), tokens.k_valid)
 
 
 def _scale_rows(matrix: Tensor, a: Tensor, b: Tensor, row_off: Tensor, steps: int) -> Tensor:
@@ -308,75 +400,65 @@ def sinkhorn_plan(
         stage = max(float(eps), stage / 4)
 
 
-def _optimal_transport(
-    query: Tensor,
-    key: Tensor,
-    q_valid: Tensor | None,
-    k_valid: Tensor | None,
-    eps: float,
-    iterations: int,
-    tolerance: float,
-) -> Tensor:
+def _optimal_transport(tokens: _Tokens, eps: float, iterations: int, tolerance: float) -> Tensor:
     """<P, C> with P held fixed: by the envelope theorem its gradient is that of the entropic objective."""
-    cost = 1 - torch.matmul(_unit(query), _unit(key).transpose(-1, -2))
-    rows = None if q_valid is None else q_valid[:, None]
-    columns = None if k_valid is None else k_valid[:, None]
-    plan = sinkhorn_plan(cost.detach(), rows, columns, eps, iterations, tolerance)
-    return (plan * cost).sum((-1, -2))
+    with torch.no_grad():
+        unit, inverse = _unit_and_inverse(tokens.x.detach())
+        q_unit, k_unit = tokens.split(unit)
+        cost = 1 - torch.matmul(q_unit, k_unit.mT)
+        rows = None if tokens.q_valid is None else tokens.q_valid[:, None]
+        columns = None if tokens.k_valid is None else tokens.k_valid[:, None]
+        plan = sinkhorn_plan(cost, rows, columns, eps, iterations, tolerance)
+        loss = (plan * cost).sum((-1, -2))
+        other = torch.cat([torch.matmul(plan, k_unit), torch.matmul(plan.mT, q_unit)], dim=2)
+        gradient = (unit * (unit * other).sum(-1, keepdim=True)).sub_(other).mul_(inverse)
+    return _with_gradients(loss, (tokens.x,), (gradient,))
 
 
-def _mean_discrepancy(
-    query: Tensor,
-    key: Tensor,
-    q_valid: Tensor | None,
-    k_valid: Tensor | None,
-    bandwidth: float | str,
-) -> Tensor:
+def _mean_discrepancy(tokens: _Tokens, bandwidth: float | str) -> Tensor:
     """mean k(q, q') + mean k(k, k') - 2 mean k(q, k), k(x, y) = exp(-|x - y|^2 / (2 bandwidth^2))."""
-    tokens = torch.cat([query, key], dim=2)
-    batch, _, length, _ = query.shape
-    total = tokens.shape[2]
+    with torch.no_grad():
+        loss, gradient = _discrepancies(tokens, bandwidth)
+    return _with_gradients(loss, (tokens.x,), (gradient,))
+
+
+def _discrepancies(tokens: _Tokens, bandwidth: float | str) -> tuple[Tensor, Tensor]:
+    """Loss [B, H] and its gradient with respect to the tokens."""
+    x = tokens.x.detach()
+    total = x.shape[2]
     valid = None
-    if q_valid is not None and k_valid is not None:
-        valid = torch.cat([q_valid, k_valid], dim=1)
+    if tokens.q_valid is not None and tokens.k_valid is not None:
+        valid = torch.cat([tokens.q_valid, tokens.k_valid], dim=1)
     # Distances do not depend on the origin; a near one avoids cancellation in |x|^2 + |y|^2 - 2 x.y.
-    centre = _mean(tokens.detach().transpose(2, 3).flatten(1, 2), valid).unflatten(1, (tokens.shape[1], -1))
-    tokens = tokens - centre.unsqueeze(2)
+    centre = _mean(x.transpose(2, 3).flatten(1, 2), valid).unflatten(1, (x.shape[1], -1))
+    x = x - centre.unsqueeze(2)
     if valid is not None:
-        tokens = tokens.masked_fill(~valid[:, None, :, None], 0.0)
-    norm = tokens.square().sum(-1)
-    square = norm.unsqueeze(-1) + norm.unsqueeze(-2) - 2 * torch.matmul(tokens, tokens.transpose(-1, -2))
-    same = torch.eye(total, dtype=torch.bool, device=tokens.device)
-    square = square.clamp(min=0.0).masked_fill(same, 0.0)
+        x = x.masked_fill(~valid[:, None, :, None], 0.0)
+    norm = x.square().sum(-1)
+    square = norm.unsqueeze(-1) + norm.unsqueeze(-2) - 2 * torch.matmul(x, x.mT)
+    same = torch.eye(total, dtype=torch.bool, device=x.device)
+    square = square.clamp_(min=0.0).masked_fill_(same, 0.0)
     pair = None if valid is None else (valid.unsqueeze(-1) & valid.unsqueeze(-2))[:, None]
 
     if isinstance(bandwidth, str):
         if bandwidth == "median":
             skipped = same if pair is None else same | ~pair
-            seen = square.detach().masked_fill(skipped, float("nan"))
+            seen = square.masked_fill(skipped, float("nan"))
             scale = seen.flatten(2).nanmedian(-1).values.nan_to_num(0.0)
         else:  # the tokens are centred, so the mean over pairs i != j is 2 sum |x|^2 / (n - 1)
             count = total if valid is None else valid.sum(-1)[:, None]
-            scale = 2 * norm.detach().sum(-1) / torch.as_tensor(count - 1, device=norm.device).clamp(min=1)
+            scale = 2 * norm.sum(-1) / torch.as_tensor(count - 1, device=norm.device).clamp(min=1)
         two_sigma_square = 2 * torch.where(scale > _TINY_NORM**2, scale, 1.0)[..., None, None]
-        kernel = torch.exp(-square / two_sigma_square)
     else:
-        kernel = torch.exp(square * (-0.5 / bandwidth**2))
+        two_sigma_square = torch.as_tensor(2 * bandwidth**2, dtype=x.dtype, device=x.device)
+    kernel = square.div_(-two_sigma_square).exp_()
 
     # One signed weight a token, +1/n for queries and -1/m for keys: the loss is weight' kernel weight.
-    if valid is None:
-        weight = tokens.new_ones(batch, total)
-    else:
-        weight = valid.to(tokens.dtype)
-    q_weight, k_weight = weight.split([length, total - length], dim=1)
-    signed = torch.cat(
-        [
-            q_weight / q_weight.sum(-1, keepdim=True).clamp(min=1),
-            -k_weight / k_weight.sum(-1, keepdim=True).clamp(min=1),
-        ],
-        dim=1,
-    )[:, None]
-    return (torch.matmul(kernel, signed.unsqueeze(-1)).squeeze(-1) * signed).sum(-1)
+    signed = torch.cat([_shares(tokens, queries=True), -_shares(tokens, queries=False)], dim=1)[:, None, :, None]
+    pull = torch.matmul(kernel, signed)
+    loss = (pull * signed).sum((-1, -2))
+    gradient = (torch.matmul(kernel, signed * x) - pull * x).mul_(signed).mul_(4 / two_sigma_square)
+    return loss, gradient
 
 
 # ---------------------------------------------------------------------------------------------- public
@@ -447,18 +529,18 @@ def alignment_loss(
         )
     width = _check_bandwidth(bandwidth)
     with torch.autocast(query.device.type, enabled=False):
-        q, k, q_valid, k_valid = _prepare(query, key, key_padding_mask, query_padding_mask)
+        tokens = _prepare(query, key, key_padding_mask, query_padding_mask)
         if method == "ct":
-            loss = _conditional_transport(q, k, q_valid, k_valid, navigator, critic)
+            loss = _conditional_transport(tokens, navigator, critic)
         elif method == "ot":
-            loss = _optimal_transport(q, k, q_valid, k_valid, eps, iterations, tolerance)
+            loss = _optimal_transport(tokens, eps, iterations, tolerance)
         elif method == "mmd":
-            loss = _mean_discrepancy(q, k, q_valid, k_valid, width)
+            loss = _mean_discrepancy(tokens, width)
         elif discriminator is None:
             raise SpecError("method='gan' needs a discriminator, for instance Discriminator(head_dim, hidden)")
         else:
-            loss = _adversarial(q, k, q_valid, k_valid, discriminator)
-        return _reduce(loss, q_valid, k_valid, reduction)
+            loss = _adversarial(tokens, discriminator)
+        return _reduce(loss, tokens.q_valid, tokens.k_valid, reduction)
 
 
 @torch.no_grad()
@@ -481,5 +563,5 @@ def mmd(
         raise SpecError(unknown("reduction", reduction, allowed))
     width = _check_bandwidth(bandwidth)
     with torch.autocast(query.device.type, enabled=False):
-        q, k, q_valid, k_valid = _prepare(query, key, key_padding_mask, query_padding_mask)
-        return _reduce(_mean_discrepancy(q, k, q_valid, k_valid, width), q_valid, k_valid, reduction)
+        tokens = _prepare(query, key, key_padding_mask, query_padding_mask)
+        return _reduce(_mean_discrepancy(tokens, width), tokens.q_valid, tokens.k_valid, reduction)

@@ -34,7 +34,7 @@ POOLINGS = ("attention", "additive")
 
 # Elements of one [rows, S, D] block: on a CPU it should stay in the cache, on a GPU it should fill the
 # device.
-_BLOCK_ELEMENTS_CPU = 1 << 18
+_BLOCK_ELEMENTS_CPU = 1 << 17
 _BLOCK_ELEMENTS_GPU = 1 << 24
 
 
@@ -51,9 +51,19 @@ def _blocks(n: int, t: int, rows: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def _outer_sum(row: Tensor, column: Tensor) -> Tensor:
-    """[n, t, D] and [n, S, D] -> [n, t, S, D]"""
-    return row.unsqueeze(2) + column.unsqueeze(1)
+def _buffers(count: int, weights: Tensor, value: Tensor, rows: int) -> list[Tensor]:
+    """Room for `count` blocks [n, t, S, D]; taken once, as fresh memory for every block costs as much as filling it."""
+    tokens = min(max(rows, 1), weights.shape[0] * weights.shape[1])
+    return [value.new_empty(tokens * value.shape[1] * value.shape[2]) for _ in range(count)]
+
+
+def _view(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return buffer[: math.prod(shape)].view(shape)
+
+
+def _outer_sum(row: Tensor, column: Tensor, buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[n, t, D] and [n, S, D] -> [n, t, S, D], in `buffer`"""
+    return torch.add(row.unsqueeze(2), column.unsqueeze(1), out=_view(buffer, shape))
 
 
 # Optional[...] instead of `| None`, and no postponed annotations: custom_op reads its schema from these.
@@ -73,13 +83,15 @@ def _gated_value_sum(
     An operator of its own, so that torch.compile sees one node and not an unrolled loop.
     """
     out = torch.empty_like(gate_q, memory_format=torch.contiguous_format)
+    buffers = _buffers(1 if mix_q is None else 2, weights, value, rows)
     for n, t in _blocks(gate_q.shape[0], gate_q.shape[1], rows):
-        s = _outer_sum(gate_q[n, t], gate_v[n]).sigmoid_()
+        a, v = weights[n, t].to(value.dtype), value[n].unsqueeze(1)
+        shape = (*a.shape, v.shape[-1])
+        s = _outer_sum(gate_q[n, t], gate_v[n], buffers[0], shape).sigmoid_()
         if mix_q is None or mix_v is None:
-            s.mul_(value[n].unsqueeze(1))
+            s.mul_(v)
         else:
-            s.mul_(_outer_sum(mix_q[n, t], mix_v[n]).tanh_().sub_(value[n].unsqueeze(1)))
-        a = weights[n, t].to(s.dtype)
+            s.mul_(_outer_sum(mix_q[n, t], mix_v[n], buffers[1], shape).tanh_().sub_(v))
         out[n, t] = torch.matmul(a.unsqueeze(-2), s).squeeze(-2)
     return out
 
@@ -114,30 +126,38 @@ def _gated_value_sum_backward(
     d_gate_q = torch.empty_like(gate_q)
     d_mix_q = torch.empty_like(gate_q) if mix_q is not None else None
     d_mix_v = torch.zeros_like(value) if mix_v is not None else None
+    buffers = _buffers(3 if mix_q is None else 5, weights, value, rows)
     for n, t in _blocks(gate_q.shape[0], gate_q.shape[1], rows):
-        g, v = grad[n, t], value[n].unsqueeze(1)
+        g, v = grad[n, t].unsqueeze(2), value[n].unsqueeze(1)
         a = weights[n, t].to(g.dtype)
-        s = _outer_sum(gate_q[n, t], gate_v[n]).sigmoid_()
-        w = a.unsqueeze(-1) * g.unsqueeze(-2)  # d loss / d (s * f)
-        w.mul_(s)
+        shape = (*a.shape, v.shape[-1])
+        s = _outer_sum(gate_q[n, t], gate_v[n], buffers[0], shape).sigmoid_()
+        w, product = _view(buffers[1], shape), _view(buffers[2], shape)
+        torch.mul(s, g, out=w)
         if mix_q is None or mix_v is None or d_mix_q is None or d_mix_v is None:
-            f = s * v  # s * f
-            d_value[n] += w.sum(1)
+            d_weights[n, t] = torch.mul(w, v, out=product).sum(-1)
+            w.mul_(a.unsqueeze(-1))  # d loss / d f, f = v
+            d_value[n].add_(w.sum(1))
+            w.addcmul_(w, s, value=-1)  # a g s (1 - s)
+            d_gate_v[n].add_(w.sum(1))  # times v_j, at the end
+            d_gate_q[n, t] = torch.mul(w, v, out=product).sum(2)
         else:
-            u = _outer_sum(mix_q[n, t], mix_v[n]).tanh_()
-            f = (u - v).mul_(s)
-            slope = u.square_().neg_().add_(1).mul_(w)  # a * g * s * (1 - u^2)
+            u = _outer_sum(mix_q[n, t], mix_v[n], buffers[3], shape).tanh_()
+            f = torch.sub(u, v, out=_view(buffers[4], shape))
+            d_weights[n, t] = torch.mul(w, f, out=product).sum(-1)
+            w.mul_(a.unsqueeze(-1))
+            d_value[n].sub_(w.sum(1))
+            slope = u.square_().neg_().add_(1).mul_(w)  # a g s (1 - u^2)
             d_mix_q[n, t] = slope.sum(2)
-            d_mix_v[n] += slope.sum(1)
-            d_value[n] -= w.sum(1)
-        d_weights[n, t] = torch.matmul(f, g.unsqueeze(-1)).squeeze(-1).to(weights.dtype)
-        f.sub_(f * s)  # s (1 - s) f
-        d_gate_q[n, t] = torch.matmul(a.unsqueeze(-2), f).squeeze(-2).mul_(g)
-        f.mul_(a.unsqueeze(-1)).mul_(g.unsqueeze(-2))
-        d_gate_v[n] += f.sum(1)
+            d_mix_v[n].add_(slope.sum(1))
+            w.addcmul_(w, s, value=-1).mul_(f)
+            d_gate_v[n].add_(w.sum(1))
+            d_gate_q[n, t] = w.sum(2)
     gradients = [d_weights, d_value, d_gate_q, d_gate_v]
     if d_mix_q is not None and d_mix_v is not None:
         gradients += [d_mix_q, d_mix_v]
+    else:
+        d_gate_v.mul_(value)
     return gradients
 
 

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from attnpatch.errors import SpecError
 from attnpatch.kernels.score import aggregate, attention_weights, check_name, compute_dtype, no_autocast
+from attnpatch.kernels.vertex import solve_exactly
 
 SELECTORS: tuple[str, ...] = ("oracle", "norm", "centered")
 
-# float64 numbers that one chunk of the oracle may hold in its largest tensors (about 0.25 GB).
+# float64 numbers that one chunk of the oracle may hold in its largest tensors (about 0.25 GB; on a GPU, which needs
+# many rows at once to be busy, 4 GB).
 CHUNK_ELEMENTS = 2**25
+_GPU_CHUNKS = 16
 
 
 def check_r(r: int) -> None:
@@ -153,6 +156,12 @@ def _best_mask(weights: Tensor, score: Tensor, r: int) -> Tensor:
     positive = ~(weights <= 0)
     if r >= weights.shape[-1]:
         return positive
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Without ties at the r-th score or NaN, a threshold is enough, at a fraction of a sort.
+        ranked = score.masked_fill(~positive, -torch.inf)
+        keep = (ranked >= ranked.topk(r, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)) & positive
+        if torch.equal(keep.sum(dim=-1), positive.sum(dim=-1).clamp(max=r)):
+            return keep
     # topk does not say which of two equal entries it takes; a stable sort does.
     order = torch.sort(weights, dim=-1, descending=True, stable=True).indices
     if score is not weights:
@@ -195,7 +204,7 @@ def _oracle_weights(weights: Tensor, value: Tensor, r: int, swaps: int) -> Tenso
     flat_value = value.expand(*batch, n_key, head_dim).reshape(-1, n_key, head_dim)
     size = min(r, n_key, head_dim + 1)
     row_cost = 6 * n_key + 2 * size * (head_dim + size)
-    rows = max(1, CHUNK_ELEMENTS // row_cost)
+    rows = max(1, CHUNK_ELEMENTS // row_cost * (1 if weights.device.type == "cpu" else _GPU_CHUNKS))
     step_query = min(n_query, rows)
     step_group = max(1, rows // max(step_query, 1))
     out = torch.empty_like(flat_weights, memory_format=torch.contiguous_format)
@@ -219,7 +228,12 @@ def _oracle_chunk(weights: Tensor, values: Tensor, r: int, swaps: int) -> Tensor
     output = torch.bmm(weights, values)
     result = weights.reshape(-1, n_key).clone()
     finite = output.isfinite().all(dim=-1).reshape(-1)
-    rows = (((result > 0).sum(dim=-1) > r) & finite).nonzero().squeeze(-1)
+    wanted = ((result > 0).sum(dim=-1) > r) & finite
+    if r > values.shape[-1]:
+        exact, solved = solve_exactly(result.view_as(weights), values, wanted.view(weights.shape[:-1]))
+        result = torch.where(solved.view(-1, 1), exact.view_as(result), result)
+        wanted &= ~solved.view(-1)
+    rows = wanted.nonzero().squeeze(-1)
     if rows.numel() == 0:
         return result.view_as(weights)
 

@@ -1,0 +1,320 @@
+"""Carathéodory's theorem, batched: every attention output as a mixture of D + 1 of its values, without error.
+
+For r >= D + 1 the optimum of Value-aware Approximate Attention (Gupta & Berant, EMNLP 2021, arXiv 2103.09857) has
+error 0, and any basic feasible solution of
+
+    sum_j beta_j v_j = o,   sum_j beta_j = 1,   beta >= 0
+
+is one. All queries of a head share the values, so they start from one well-conditioned basis of D + 1 keys, in
+which the outputs are coordinates (one matrix product). Each query then exchanges keys until its coordinates are
+non-negative, all queries in lockstep; an exchange is a product-form update of the shared inverse. The search
+runs in float32; its weights are refined against the float64 values and checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CANDIDATES = 8
+"""Keys compared in each exchange."""
+
+# Rows that ended are taken out when no more than this share is left.
+COMPACT = 0.75
+
+# Rows in lockstep: their blocks [rows, CANDIDATES, D + 1] should stay in a CPU's cache and fill a GPU.
+_ROWS_CPU = 1024
+_ROWS_GPU = 1 << 16
+
+
+def solve_exactly(weights: Tensor, values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights on at most D + 1 keys that give the same outputs as `weights`, where the search finds them.
+
+    Args:
+        weights: [G, T, S] float64, rows summing to 1. A key of weight 0 is never used.
+        values: [G, S, D] float64.
+        wanted: [G, T] bool, the rows to solve.
+
+    Returns:
+        Sparse weights [G, T, S], zero in rows that are not solved, and which rows are: [G, T]. A row may be left
+        unsolved where the values do not span D dimensions, or in rare cases by rounding.
+    """
+    n_group, _, n_key = weights.shape
+    sparse, solved = torch.zeros_like(weights), torch.zeros_like(wanted)
+    if n_key <= values.shape[-1] or not bool(wanted.any()):
+        return sparse, solved
+    frame = _Frame.of(weights, values, wanted)
+    wanted = wanted & frame.usable.unsqueeze(-1)
+    rows = _ROWS_CPU if weights.device.type == "cpu" else _ROWS_GPU
+    step = max(1, rows // n_group)
+    for dtype in (torch.float32, torch.float64):
+        tableau = _Tableau.of(frame, dtype)
+        count = int(wanted.sum(dim=-1).max())
+        # The wanted rows of each group first; groups with fewer are filled up with rows that are finished.
+        order = torch.argsort((~wanted).to(torch.int8), dim=1, stable=True)
+        for start in range(0, count, step):
+            part = order[:, start : min(start + step, count)]
+            beta, done = _search(frame, tableau, weights, part, wanted.gather(1, part))
+            index = part.unsqueeze(-1).expand(-1, -1, n_key)
+            sparse.scatter_(1, index, torch.where(done.unsqueeze(-1), beta, sparse.gather(1, index)))
+            solved.scatter_(1, part, done | solved.gather(1, part))
+        wanted = wanted & ~solved
+        if not bool(wanted.any()):
+            break
+    return sparse, solved
+
+
+@dataclass
+class _Frame:
+    """What the rows of a group share, with values moved and scaled and a 1 appended: [v; 1]."""
+
+    points: Tensor  # [G, S, M], M = D + 1
+    target: Tensor  # [G, T, M]
+    basis: Tensor  # [G, M] keys
+    inverse: Tensor  # [G, M, M]: coordinates in the basis are point @ inverse
+    usable: Tensor  # [G] the basis spans the space
+    spread: Tensor  # [G, S] ||v_j - centre||, in units of `points`
+
+    @classmethod
+    def of(cls, weights: Tensor, values: Tensor, wanted: Tensor) -> _Frame:
+        output = torch.bmm(weights, values)
+        share = wanted.to(values.dtype).unsqueeze(-1)
+        # NaN and infinities stay in their own rows.
+        finite = output.masked_fill(~wanted.unsqueeze(-1), 0.0)
+        centre = (finite * share).sum(dim=1, keepdim=True) / share.sum(dim=1, keepdim=True).clamp(min=1.0)
+        moved = values - centre
+        # Values behind a mask may be anything.
+        visible = ((weights > 0) & wanted.unsqueeze(-1)).any(dim=1)
+        moved = moved.masked_fill(~visible.unsqueeze(-1), 0.0)
+        count = visible.sum(dim=-1).clamp(min=1)[:, None, None]
+        scale = (moved.square().sum(dim=(1, 2), keepdim=True) / count).sqrt()
+        scale = torch.where(scale > 0.0, scale, 1.0)
+        moved, finite = moved / scale, (finite - centre) / scale
+        points = torch.cat([moved, torch.ones_like(moved[..., :1])], dim=-1)
+        target = torch.cat([finite, torch.ones_like(finite[..., :1])], dim=-1)
+        common = ((weights > 0) | ~wanted.unsqueeze(-1)).all(dim=1) & visible
+        basis, usable = _spanning_keys(points, common)
+        matrix = points.gather(1, basis.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        matrix = torch.where(usable[:, None, None], matrix, eye)
+        inverse, info = torch.linalg.inv_ex(matrix)
+        usable = usable & (info == 0) & inverse.isfinite().all(dim=-1).all(dim=-1)
+        return cls(points, target, basis, inverse, usable, torch.linalg.vector_norm(moved, dim=-1))
+
+
+def _spanning_keys(points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """Far-apart keys that span the space: pivoted Cholesky of the Gram matrix. [G, S, M] -> [G, M] and [G]."""
+    n_group, _, size = points.shape
+    # Precision decides only which basis is taken, and float32 halves the cost.
+    points = points.float()
+    group = torch.arange(n_group, device=points.device)
+    left = points.square().sum(dim=-1).masked_fill(~allowed, -1.0)
+    factor = torch.zeros_like(points.transpose(1, 2), memory_format=torch.contiguous_format)
+    basis = torch.zeros(n_group, size, dtype=torch.long, device=points.device)
+    usable = torch.ones(n_group, dtype=torch.bool, device=points.device)
+    for k in range(size):
+        pivot, key = left.max(dim=-1)
+        usable &= pivot > 1e-4
+        basis[:, k] = key
+        column = torch.bmm(points, points[group, key].unsqueeze(-1)).squeeze(-1)
+        if k:
+            column -= torch.bmm(factor[group, :k, key].unsqueeze(1), factor[:, :k]).squeeze(1)
+        column *= pivot.clamp(min=1e-4).rsqrt().unsqueeze(-1)
+        factor[:, k] = column
+        left = (left - column.square()).scatter(1, basis[:, : k + 1], -1.0)
+    return basis, usable
+
+
+@dataclass
+class _Tableau:
+    """The coordinates of every key in the shared basis, in the precision of the search."""
+
+    columns: Tensor  # [G * S', M], S' = S filled up to a multiple of CANDIDATES
+    rows: Tensor  # [G, M, S']
+    steepness: Tensor  # [G, 1, S'] -1 / length of the column; 0 where filled up
+    coordinates: Tensor  # [G, T, M] of the targets
+    n_slot: int  # S'
+
+    @classmethod
+    def of(cls, frame: _Frame, dtype: torch.dtype) -> _Tableau:
+        columns = torch.bmm(frame.points, frame.inverse)
+        n_key = columns.shape[1]
+        n_slot = -(-n_key // CANDIDATES) * CANDIDATES
+        columns = torch.nn.functional.pad(columns, (0, 0, 0, n_slot - n_key))
+        length = torch.linalg.vector_norm(columns, dim=-1)
+        steepness = torch.where(length > 0.0, -length.reciprocal(), 0.0).unsqueeze(1)
+        return cls(
+            columns.reshape(-1, columns.shape[-1]).to(dtype),
+            columns.transpose(1, 2).contiguous().to(dtype),
+            steepness.to(dtype),
+            torch.bmm(frame.target, frame.inverse).to(dtype),
+            n_slot,
+        )
+
+
+@dataclass
+class _Rows:
+    """Rows in lockstep: [G, N] of them, N the largest number a group still has."""
+
+    row: Tensor  # [G, N] index into the queries
+    alive: Tensor  # [G, N]
+    x: Tensor  # [G, N, M] coordinates, to become non-negative
+    basis: Tensor  # [G, N, M] keys
+    price: Tensor  # [G, N, S'] steepness of the visible keys, 0 elsewhere
+    update: Tensor  # [G, N, K, M] inverse = (1 + sum_k e_place(k) update_k) shared inverse, acting from the right
+    place: Tensor  # [G, N, K]
+
+    def pick(self, order: Tensor) -> _Rows:
+        group = torch.arange(order.shape[0], device=order.device).unsqueeze(-1)
+        return _Rows(
+            self.row[group, order],
+            self.alive[group, order],
+            self.x[group, order],
+            self.basis[group, order],
+            self.price[group, order],
+            self.update[group, order],
+            self.place[group, order],
+        )
+
+    def grow(self) -> None:
+        self.update = torch.cat([self.update, torch.empty_like(self.update)], dim=2)
+        self.place = torch.cat([self.place, torch.empty_like(self.place)], dim=2)
+
+
+def _search(frame: _Frame, tableau: _Tableau, weights: Tensor, row: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve the rows [G, N] of `weights`: sparse weights [G, N, S] and which of them are right."""
+    n_group, n_row = row.shape
+    n_key, size = weights.shape[-1], frame.points.shape[-1]
+    dtype, device = tableau.rows.dtype, weights.device
+    visible = weights.gather(1, row.unsqueeze(-1).expand(-1, -1, n_key)) > 0
+    price = tableau.steepness * torch.nn.functional.pad(visible, (0, tableau.n_slot - n_key))
+    state = _Rows(
+        row=torch.arange(n_row, device=device).expand(n_group, -1),
+        alive=alive,
+        x=tableau.coordinates.gather(1, row.unsqueeze(-1).expand(-1, -1, size)),
+        basis=frame.basis.unsqueeze(1).repeat(1, n_row, 1),
+        price=price,
+        update=torch.empty(n_group, n_row, 24, size, dtype=dtype, device=device),
+        place=torch.empty(n_group, n_row, 24, dtype=torch.long, device=device),
+    )
+    target = frame.target.gather(1, row.unsqueeze(-1).expand(-1, -1, size))
+    beta = torch.zeros(n_group, n_row, n_key, dtype=weights.dtype, device=device)
+    solved = torch.zeros(n_group, n_row, dtype=torch.bool, device=device)
+
+    for step in range(4 * size + 1):
+        if step == state.place.shape[2]:
+            state.grow()
+        worst, leaving = state.x.min(dim=-1)
+        going = state.alive & (worst < 0.0)
+        most = int(going.sum(dim=-1).max())
+        if most <= COMPACT * going.shape[1]:
+            _finish(frame, state, going, step, target, visible, beta, solved)
+            worst, leaving = state.x.min(dim=-1)
+            going = state.alive & (worst < 0.0)
+            most = int(going.sum(dim=-1).max())
+            if most == 0:
+                break
+            order = torch.argsort((~going).to(torch.int8), dim=1, stable=True)[:, :most]
+            state = state.pick(order)
+            worst, leaving, going = worst.gather(1, order), leaving.gather(1, order), going.gather(1, order)
+        found = _exchange(tableau, state, step, worst, leaving, going)
+        state.alive = state.alive & (found | ~going)
+    return beta, solved
+
+
+def _exchange(tableau: _Tableau, state: _Rows, step: int, worst: Tensor, leaving: Tensor, going: Tensor) -> Tensor:
+    """One exchange in every row of `going`; which rows found a key to take in."""
+    n_group, n_row, size = state.x.shape
+    n_slot, many = tableau.n_slot, n_group * n_row
+    slot = leaving.unsqueeze(-1)
+    update, place = state.update[:, :, :step], state.place[:, :, :step]
+    flat = state.update.view(many, -1, size)[:, :step]
+
+    # The leaving key's row of the current tableau, for every key.
+    left = torch.zeros_like(state.x).scatter_(2, slot, 1.0)
+    share = update.gather(3, slot.unsqueeze(2).expand(-1, -1, step, 1)).squeeze(-1)
+    left.scatter_add_(2, place, share)
+    slopes = torch.bmm(left, tableau.rows).mul_(state.price).view(n_group, n_row, CANDIDATES, -1)
+    # The steepest key of each of CANDIDATES parts, and its column of the current tableau.
+    steep, key = slopes.max(dim=-1)
+    key = key + torch.arange(CANDIDATES, device=key.device) * (n_slot // CANDIDATES)
+    offset = torch.arange(n_group, device=key.device).view(-1, 1, 1) * n_slot
+    columns = tableau.columns.index_select(0, (key + offset).view(-1)).view(many, CANDIDATES, size)
+    if step:
+        places = place.unsqueeze(2).expand(-1, -1, CANDIDATES, -1)
+        at_places = columns.view(n_group, n_row, CANDIDATES, size).gather(3, places)
+        columns.baddbmm_(at_places.view(many, CANDIDATES, step), flat)
+
+    # Take the one that leaves least below zero.
+    x = state.x.view(many, 1, size)
+    pivots = columns.gather(2, slot.view(many, 1, 1).expand(-1, CANDIDATES, 1))
+    reach = worst.view(many, 1, 1) / pivots
+    below = torch.addcmul(x, columns, reach, value=-1).clamp_(max=0.0).sum(dim=-1)
+    below = below.view(n_group, n_row, CANDIDATES).masked_fill_(steep <= 1e-3, -torch.inf)
+    best, choice = below.max(dim=-1)
+    going = going & (best > -torch.inf)
+
+    index = choice.view(-1) + torch.arange(0, many * CANDIDATES, CANDIDATES, device=key.device)
+    column = columns.view(-1, size).index_select(0, index).view(n_group, n_row, size)
+    pivot, reach = (z.view(-1).index_select(0, index).view(n_group, n_row, 1) for z in (pivots, reach))
+    moving = going.unsqueeze(-1)
+    kept = state.x.gather(2, slot)
+    state.x.addcmul_(column, reach.masked_fill(~moving, 0.0), value=-1)
+    state.x.scatter_(2, slot, torch.where(moving, reach, kept))
+    entering = key.gather(2, choice.unsqueeze(-1))
+    state.basis.scatter_(2, slot, torch.where(moving, entering, state.basis.gather(2, slot)))
+
+    # inverse <- inverse (1 - e_leaving (column - e_leaving) / pivot)
+    change = column.scatter_(2, slot, pivot - 1.0).mul_(torch.where(moving, -pivot.reciprocal(), 0.0))
+    if step:
+        flat.addcmul_(share.reshape(many, step, 1), change.view(many, 1, size))
+    state.update[:, :, step] = change
+    state.place[:, :, step] = leaving
+    return going
+
+
+def _finish(
+    frame: _Frame,
+    state: _Rows,
+    going: Tensor,
+    step: int,
+    target: Tensor,
+    visible: Tensor,
+    beta: Tensor,
+    solved: Tensor,
+) -> None:
+    """Refine in float64 the coordinates that ended non-negative, and put what is right into `beta` and `solved`.
+
+    A coordinate that turns out to be negative goes back into the search.
+    """
+    n_key, size = beta.shape[-1], state.x.shape[-1]
+    ended = state.alive & ~going
+    order = torch.argsort((~ended).to(torch.int8), dim=1, stable=True)[:, : int(ended.sum(dim=-1).max())]
+    part, ended = state.pick(order), ended.gather(1, order)
+    update, place = part.update[:, :, :step], part.place[:, :, :step]
+    target = target.gather(1, part.row.unsqueeze(-1).expand(-1, -1, size))
+    x = part.x.to(target.dtype)
+    dense = torch.empty(*x.shape[:2], n_key, dtype=x.dtype, device=x.device)
+    for _ in range(3):
+        dense.zero_().scatter_(2, part.basis, x)
+        rest = torch.bmm(target - torch.bmm(dense, frame.points), frame.inverse)
+        fix = torch.matmul(rest.to(update.dtype).gather(2, place).unsqueeze(2), update).squeeze(2)
+        x += rest + fix
+    index = order.unsqueeze(-1).expand(-1, -1, size)
+    low = x.to(state.x.dtype)
+    state.x.scatter_(1, index, torch.where(ended.unsqueeze(-1), low, part.x))
+    x.clamp_(min=0.0)
+    x /= x.sum(dim=-1, keepdim=True)
+    dense.zero_().scatter_(2, part.basis, x)
+    error = torch.linalg.vector_norm(target - torch.bmm(dense, frame.points), dim=-1)
+    index = part.row.unsqueeze(-1).expand(-1, -1, n_key)
+    seen = visible.gather(1, index)
+    allowed = 4 * size * torch.finfo(x.dtype).eps * (seen * frame.spread.unsqueeze(1)).amax(dim=-1)
+    right = ended & (error <= allowed) & ~((dense > 0) & ~seen).any(dim=-1)
+    beta.scatter_(1, index, torch.where(right.unsqueeze(-1), dense, beta.gather(1, index)))
+    solved.scatter_(1, part.row, right | solved.gather(1, part.row))
+    # Not right, and no coordinate below zero to work on: given up.
+    again = ended & ~right & (low.amin(dim=-1) < 0.0)
+    state.alive.scatter_(1, order, again | (part.alive & ~ended))
