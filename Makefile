@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 JOBS ?= 2
 
-.PHONY: demo test test-slow check bench-toolkit clean
+.PHONY: demo test test-slow check bench bench-gpu clean
 
 demo: $(VENV)/.train
 	$(BIN)/python scripts/demo.py
@@ -25,8 +25,12 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench-toolkit: $(VENV)/.dev
-	$(BIN)/python benchmarks/toolkit.py
+# Ratios against named peers, as JSON and a plot in results/benchmarks.
+bench: $(VENV)/.dev
+	$(BIN)/attnpatch bench --repeats 3
+
+bench-gpu: $(VENV)/.dev
+	$(BIN)/attnpatch bench --device cuda --repeats 5
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "attnpatch needs Python 3.11 or 3.12; set PYTHON=/path/to/python" >&2; exit 1; }

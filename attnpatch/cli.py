@@ -300,6 +300,42 @@ def report(
 
 
 @app.command()
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Benchmarks, or parts such as toolkit.convert; all if none is named.")
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of each pair that is timed.")] = 5,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="On a CPU; all if not given.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder with Multi30k, for training; else synthetic text.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", help="Folder for the JSON files and the plot.")] = Path(
+        "results/benchmarks"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Measure what attention and training cost here, as ratios against named peers."""
+    from attnpatch.bench import BENCHMARKS, Settings, choose, run
+    from attnpatch.bench.plot import draw
+    from attnpatch.environment import available_cpus
+    from attnpatch.errors import SpecError, unknown
+
+    if device not in ("cpu", "cuda"):
+        raise SpecError(unknown("device", device, ("cpu", "cuda")))
+    say = (lambda line: None) if as_json else (lambda line: _out().print(line, highlight=False, markup=False))
+    choose(names or ())
+    settings = Settings(repeats, threads or available_cpus(), device, data, say)
+    files = run(names or BENCHMARKS, settings, output)
+    figures = draw(output, device)
+    if as_json:
+        _print_json({"files": [str(path) for path in (*files, *figures)]})
+        return
+    for path in (*files, *figures):
+        _out().print(f"written: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def env(as_json: AsJson = False) -> None:
     """Show versions, the machine, families, variants and attention backends: what a bug report needs."""
     from attnpatch.environment import describe

@@ -1,31 +1,26 @@
 """Marian training and decoding against transformers' own example loop, as ratios in one process.
 
-    python benchmarks/training.py [--data FOLDER] [--out results/benchmarks/training-cpu.json] [--repeats 3]
-
 Peer in training: what transformers' `run_translation` example does (Seq2SeqTrainer, DataCollatorForSeq2Seq, pairs in
 random order, its default attention backend), with the same model, tokens, label smoothing and threads, and as many
 target tokens an update; once in float32, its default, and once with --bf16. Peer in decoding: `generate` with the same
-beams in file order, in batches of 8 (the example's default) and of as many sentences as ours has on average.
+beams in file order, in batches of 8 (the example's default) and of 64.
 
-The sides take turns. Before timing, the dev loss and the translations of both must agree, in float32. FOLDER holds
-train, val and test_2016_flickr (.de and .en) of Multi30k; without it the built-in synthetic grammar is used.
+The sides take turns. Before timing, the dev loss and the translations of both must agree, in float32. The data folder
+holds train, val and test_2016_flickr (.de and .en) of Multi30k; without it the built-in synthetic grammar is used.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from toolkit import summary
 
-from attnpatch.atomic import write_json
-from attnpatch.environment import available_cpus, machine, versions
+from attnpatch.bench.timing import BenchmarkError, Settings, summary
 from attnpatch.training.config import MarianTrainingConfig, load_config
 from attnpatch.training.data import load_split, merge
 from attnpatch.training.marian import run
@@ -56,7 +51,13 @@ class Sides:
         settings.write_text(SETTINGS, encoding="utf-8")
         self.settings, self.folder, self.threads = settings, folder, threads
         self.words = [f"data.dir={data}", *(f"data.{k}={v}" for k, v in splits.items())]
-        self.words += [f"training.threads={threads}", "output.quiet=true", f"output.dir={folder / 'run'}"]
+        self.words += [
+            f"training.threads={threads}",
+            "output.quiet=true",
+            f"data.max_test_pairs={SENTENCES}",
+            f"data.max_dev_pairs={SENTENCES}",
+            f"output.dir={folder / 'run'}",
+        ]
         self.words += ["training.resume=never", "output.overwrite=true"]
         config = self.config()
         self.texts = {split: merge(load_split(config.data, split), split) for split in ("train", "test")}
@@ -163,23 +164,23 @@ def check(sides: Sides, steps: int) -> dict[str, Any]:
     sides' loss and translations of the test text against each other, in float32.
 
     Raises:
-        SystemExit: they disagree.
+        BenchmarkError: they disagree.
     """
     first = sides.ours(steps, "fp32", training__evaluate_every=steps, generation__test="true")
     gap = abs(first["dev"][-1]["loss"] - sides.loss())
     if not gap < 1e-4:
-        raise SystemExit(f"the sides disagree: the losses of one model on one text differ by {gap:.2e}")
+        raise BenchmarkError(f"the sides disagree: the losses of one model on one text differ by {gap:.2e}")
     scores = next(iter(first["scores"].values()))
     ours = (sides.folder / "run" / scores["hypotheses"]).read_text("utf-8").splitlines()
     peer = [" ".join(line.split()) for line in sides.file_order("fp32", 8)[0]]
     same = sum(a == b for a, b in zip(ours, peer, strict=True)) / len(peer)
     if same < 0.99:
-        raise SystemExit(f"the sides disagree: only {same:.1%} of the translations are equal in float32")
+        raise BenchmarkError(f"the sides disagree: only {same:.1%} of the translations are equal in float32")
     pairs = max(round(len(sides.texts["train"]) * first["epochs"] / first["steps"]), 1)
     return {"updates": steps, "loss_gap": gap, "equal_translations": same, "pairs_per_update": pairs}
 
 
-def measure(sides: Sides, steps: int, repeats: int, trained: int) -> dict[str, Any]:
+def measure(sides: Sides, steps: int, repeats: int, trained: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Both sides in turn, `repeats` times; ratios of tokens and sentences a second, over each peer."""
     checked = check(sides, trained)
     kept = sides.folder / "kept"
@@ -191,7 +192,7 @@ def measure(sides: Sides, steps: int, repeats: int, trained: int) -> dict[str, A
         rates["ours"].append(result["tokens"]["target_per_second"])
         for name, bf16 in (("example, fp32", False), ("example, bf16", True)):
             rates[name].append(sides.example(steps, bf16, checked["pairs_per_update"]))
-        print("training, target tokens/s: " + _last(rates), file=sys.stderr)
+        say("training, target tokens/s: " + _last(rates))
         shutil.rmtree(sides.folder / "run" / "model") if i + 1 < repeats else None
     training = {"updates": steps, "precision_of_ours": fast} | _ratios(rates)
 
@@ -208,7 +209,7 @@ def measure(sides: Sides, steps: int, repeats: int, trained: int) -> dict[str, A
                 name = f"generate in file order, {precision}, batches of {size}"
                 seconds = sides.file_order(precision, size)[1]
                 decoding_rates.setdefault(name, []).append(count / seconds)
-        print("decoding, sentences/s: " + _last(decoding_rates), file=sys.stderr)
+        say("decoding, sentences/s: " + _last(decoding_rates))
     decoding = {"sentences": count, "num_beams": BEAMS, "precision_of_ours": fast} | _ratios(decoding_rates)
     return {"check": checked, "training": training, "decoding": decoding}
 
@@ -236,29 +237,21 @@ def synthetic(folder: Path) -> Path:
     return folder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a folder with Multi30k; default: synthetic text")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/training-cpu.json"))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=40, help="timed updates of each side in each repeat")
-    parser.add_argument("--trained", type=int, default=300, help="updates of the model that is decoded")
-    parser.add_argument("--threads", type=int, default=None, help="default: all CPUs")
-    arguments = parser.parse_args()
+UPDATES, TRAINED, SENTENCES = 20, 100, 200
+"""Timed updates of each side in each repeat, those of the model that is decoded, and sentences that it translates."""
+
+
+def train_and_decode(settings: Settings) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if arguments.data is None:
+        if settings.data is None:
             data, splits = synthetic(folder), {"train": "train", "dev": "test", "test": "[test]"}
         else:
-            data = arguments.data
+            data = settings.data
             splits = {"train": "train", "dev": "test_2016_flickr", "test": "[test_2016_flickr]"}
-        sides = Sides(data, folder, splits, arguments.threads or available_cpus())
-        result = measure(sides, arguments.updates, arguments.repeats, arguments.trained)
-    result["data"] = "Multi30k" if arguments.data else "synthetic grammar"
-    result["machine"] = machine() | {"versions": versions()}
-    write_json(arguments.out, result)
-    print(f"wrote {arguments.out}", file=sys.stderr)
+        sides = Sides(data, folder, splits, settings.threads)
+        result = measure(sides, UPDATES, settings.repeats, TRAINED, settings.say)
+    return {"data": "Multi30k" if settings.data else "synthetic grammar"} | result
 
 
-if __name__ == "__main__":
-    main()
+PARTS = {"marian": train_and_decode}

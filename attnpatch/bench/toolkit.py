@@ -1,7 +1,5 @@
 """What the toolkit costs, as ratios against a named peer in the same run.
 
-    python benchmarks/toolkit.py [--out results/benchmarks/toolkit-cpu.json] [--only import,step,...] [--repeats 5]
-
 Measures, interleaved, median and spread (min to max):
     import    `import attnpatch` against `import transformers`, whole processes
     idle      a stock model's training step in a process that imported attnpatch, against one that did not
@@ -12,20 +10,17 @@ Measures, interleaved, median and spread (min to max):
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timing import machine, summary, write
+from attnpatch.bench.steps import marian, roberta, step
+from attnpatch.bench.timing import BenchmarkError, Settings, compare, summary
 
 STEP_SPECS: list[Any] = [
     "neural",
@@ -42,12 +37,6 @@ STEP_SPECS: list[Any] = [
     {"variant": "alignment", "options": {"alignment": {"method": "ot"}}},
     {"variant": "alignment", "options": {"alignment": {"method": "mmd"}}},
 ]
-SHAPES = {
-    "marian-32": {"family": "marian", "tokens": 32, "batch": 64},
-    "roberta-128": {"family": "roberta", "tokens": 128, "batch": 8},
-    "roberta-512": {"family": "roberta", "tokens": 512, "batch": 2},
-}
-
 IDLE_STEP = """
 import json, sys, time
 if sys.argv[1] == "with":
@@ -94,12 +83,12 @@ def child(code: str, *arguments: str) -> dict[str, float]:
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, env=os.environ
     )
     if done.returncode:
-        raise SystemExit(f"a benchmark process failed:\n{done.stderr[-2000:]}")
+        raise BenchmarkError(f"a benchmark process failed:\n{done.stderr[-2000:]}")
     result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
 
-def bench_import(repeats: int) -> dict[str, Any]:
+def bench_import(settings: Settings) -> dict[str, Any]:
     code = """
 import json, time
 start = time.perf_counter()
@@ -109,7 +98,7 @@ print(json.dumps({{"seconds": time.perf_counter() - start}}))
     times: dict[str, list[float]] = {"transformers": [], "attnpatch": []}
     for name in times:
         child(code.format(name))
-    for _ in range(repeats):
+    for _ in range(settings.repeats):
         for name, values in times.items():
             values.append(child(code.format(name))["seconds"])
     ratios = [a / t for a, t in zip(times["attnpatch"], times["transformers"], strict=True)]
@@ -121,9 +110,9 @@ print(json.dumps({{"seconds": time.perf_counter() - start}}))
     }
 
 
-def bench_idle(repeats: int) -> dict[str, Any]:
+def bench_idle(settings: Settings) -> dict[str, Any]:
     times: dict[str, list[float]] = {"without": [], "with": []}
-    for _ in range(repeats):
+    for _ in range(settings.repeats):
         for name, values in times.items():
             values.append(child(IDLE_STEP, name)["seconds"])
     ratios = [a / b for a, b in zip(times["with"], times["without"], strict=True)]
@@ -134,7 +123,7 @@ def bench_idle(repeats: int) -> dict[str, Any]:
     }
 
 
-def bench_convert(repeats: int) -> dict[str, Any]:
+def bench_convert(settings: Settings) -> dict[str, Any]:
     from transformers import RobertaConfig, RobertaForMaskedLM
 
     results: dict[str, Any] = {
@@ -152,12 +141,12 @@ def bench_convert(repeats: int) -> dict[str, Any]:
             child(CONVERT, "convert", source, converted, spec)
             rows: dict[str, list[dict[str, float]]] = {"source": [], "converted": [], "convert": []}
             paths = {"source": source, "converted": converted, "convert": source}
-            for i in range(repeats):
+            for i in range(settings.repeats):
                 for name, values in rows.items():
                     target = f"{folder}/out"
                     values.append(child(CONVERT, name, paths[name], target, spec))
                     shutil.rmtree(target)
-                print(f"convert {spec}: {i + 1} of {repeats}", file=sys.stderr)
+                settings.say(f"convert {spec}: {i + 1} of {settings.repeats}")
             table: dict[str, Any] = {"seconds": {n: summary([v["seconds"] for v in vs]) for n, vs in rows.items()}}
             for peer in ("source", "converted"):
                 size = _weights_kib(paths[peer])
@@ -177,84 +166,30 @@ def _weights_kib(folder: str) -> float:
     return sum(p.stat().st_size for p in Path(folder).glob("*.safetensors")) / 1024
 
 
-def stepper(shape: dict[str, Any], spec: Any) -> Callable[[], float]:
-    """A function that does one float32 training step (forward, backward, AdamW) and returns its seconds."""
-    import torch
-    from transformers import MarianConfig, MarianMTModel, RobertaConfig, RobertaForMaskedLM
-
-    import attnpatch
-
-    torch.manual_seed(0)
-    tokens, batch = shape["tokens"], shape["batch"]
-    config: Any
-    if shape["family"] == "marian":
-        config = MarianConfig(
-            vocab_size=6000,
-            d_model=256,
-            encoder_layers=3,
-            decoder_layers=3,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=1024,
-            decoder_ffn_dim=1024,
-            max_position_embeddings=512,
-            pad_token_id=5999,
-            decoder_start_token_id=5999,
-            eos_token_id=0,
-        )
-        cls: Any = MarianMTModel
-    else:
-        config = RobertaConfig(
-            vocab_size=8000,
-            hidden_size=768,
-            num_hidden_layers=4,
-            num_attention_heads=12,
-            intermediate_size=3072,
-            max_position_embeddings=514,
-        )
-        cls = RobertaForMaskedLM
-    model = cls(attnpatch.patch_config(config, spec)).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    ids = torch.randint(5, 5000, (batch, tokens))
-    mask = torch.ones_like(ids)
-    mask[::2, -tokens // 8 :] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids}
-
-    def step() -> float:
-        start = time.perf_counter()
-        model(**inputs).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        return time.perf_counter() - start
-
-    return step
-
-
-def bench_step(repeats: int, shapes: list[str]) -> dict[str, Any]:
-    import torch
-
-    results: dict[str, Any] = {
-        "peer": "stock attention (torch SDPA), same model and batch, in the same process; float32, with padding",
-        "threads": torch.get_num_threads(),
-    }
-    for name in shapes:
-        shape = SHAPES[name]
-        stock = stepper(shape, None)
+def bench_step(settings: Settings) -> dict[str, Any]:
+    results: dict[str, Any] = {"peer": "stock attention (torch SDPA), same model and batch; float32, with padding"}
+    for name, (architecture, batch, tokens) in _shapes().items():
+        stock = step(architecture, None, batch, tokens, settings.device)
         table: dict[str, Any] = {}
         for spec in STEP_SPECS:
             label = spec if isinstance(spec, str) else _label(spec)
-            variant = stepper(shape, spec)
-            stock(), variant()
-            pairs = [(variant(), stock()) for _ in range(repeats)]
-            table[label] = {
-                "ratio": summary([a / b for a, b in pairs]),
-                "seconds": statistics.median(a for a, _ in pairs),
-                "stock_seconds": statistics.median(b for _, b in pairs),
-            }
-            print(f"{name}  {label}: {table[label]['ratio']['median']:.2f}x", file=sys.stderr)
+            variant = step(architecture, spec, batch, tokens, settings.device)
+            if not bool(variant().isfinite()):
+                raise BenchmarkError(f"{label}: the loss is not finite; nothing was timed")
+            table[label] = compare(variant, stock, settings.repeats, settings.device)
+            settings.say(f"{name}, {label}: {table[label]['ratio']['median']:.2f} times the stock step")
             del variant
-        results[name] = {"shape": shape, "variants": table}
+        results[name] = {"batch": batch, "tokens": tokens, "variants": table}
     return results
+
+
+def _shapes() -> dict[str, tuple[Any, int, int]]:
+    base = roberta(layers=4)
+    return {
+        "Marian, T = 32": (marian(), 64, 32),
+        "RoBERTa, T = 128": (base, 8, 128),
+        "RoBERTa, T = 512": (base, 2, 512),
+    }
 
 
 def _label(spec: dict[str, Any]) -> str:
@@ -262,30 +197,4 @@ def _label(spec: dict[str, Any]) -> str:
     return f"{spec['variant']}({options})"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/toolkit-cpu.json"))
-    parser.add_argument("--only", default="import,idle,convert,step", help="comma-separated parts")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="for step")
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "import": lambda: bench_import(arguments.repeats),
-        "idle": lambda: bench_idle(arguments.repeats),
-        "convert": lambda: bench_convert(arguments.repeats),
-        "step": lambda: bench_step(arguments.repeats, arguments.shapes.split(",")),
-    }
-    chosen = arguments.only.split(",")
-    for name in chosen:
-        if name not in parts:
-            parser.error(f"unknown part {name!r}; known: {', '.join(parts)}")
-    results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    for name in chosen:
-        print(f"measuring {name}", file=sys.stderr)
-        results[name] = parts[name]() | {"machine": machine()}
-        write(arguments.out, results)
-    print(f"wrote {arguments.out}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()
+PARTS = {"import": bench_import, "idle": bench_idle, "convert": bench_convert, "step": bench_step}

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from datetime import date
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from attnpatch.errors import AttnpatchError
+
+
+class BenchmarkError(AttnpatchError, RuntimeError):
+    """A benchmark's sides disagree, so that nothing was timed; or it cannot run here."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for every benchmark.
+
+    Attributes:
+        repeats: of each timed pair. threads: of torch, on a CPU. device: "cpu" or "cuda".
+        data: a folder with Multi30k, for training on real text; None takes the built-in synthetic grammar.
+        say: called with a line for each result.
+    """
+
+    repeats: int = 5
+    threads: int = 1
+    device: str = "cpu"
+    data: Path | None = None
+    say: Callable[[str], None] = print
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -76,68 +94,6 @@ def peak_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
     return most
 
 
-def machine() -> dict[str, Any]:
-    import torch
-    import transformers
-
-    import attnpatch
-
-    cpu = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown"
-    )
-    return {
-        "date": date.today().isoformat(),
-        "cpu": cpu,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "attnpatch": attnpatch.__version__,
-    }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
-def run(name: str, doc: str | None, parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]]) -> None:
-    """The command line of a benchmark: measures the parts asked for and writes results/benchmarks/NAME-DEVICE.json."""
-    import torch
-
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", default=",".join(parts), help="comma-separated parts")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    arguments = parser.parse_args()
-    out: Path = arguments.out or Path(f"results/benchmarks/{name}-{arguments.device}.json")
-    torch.set_num_threads(arguments.threads)
-    chosen = arguments.only.split(",")
-    for part in chosen:
-        if part not in parts:
-            parser.error(f"unknown part {part!r}; known: {', '.join(parts)}")
-    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    for part in chosen:
-        print(f"measuring {part}", file=sys.stderr)
-        results[part] = parts[part](arguments) | {"machine": machine()}
-        write(out, results)
-    print(f"wrote {out}", file=sys.stderr)
-
-
-def write(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(results, indent=1) + "\n")
-    aside.replace(path)
-
-
 def check_close(name: str, actual: Any, expected: Any, tolerance: float) -> float:
     """The largest difference, relative to the largest expected number; stops the benchmark above the tolerance."""
     actual, expected = actual.detach(), expected.detach()
@@ -145,5 +101,5 @@ def check_close(name: str, actual: Any, expected: Any, tolerance: float) -> floa
         (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)
     )
     if not difference <= tolerance:
-        raise SystemExit(f"{name} is off by {difference:.1e}, more than {tolerance:.1e}: nothing was timed")
+        raise BenchmarkError(f"{name} is off by {difference:.1e}, more than {tolerance:.1e}: nothing was timed")
     return difference

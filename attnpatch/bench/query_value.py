@@ -1,28 +1,25 @@
 """What query_value costs: its pairwise layer against SDPA, and a Marian training step against stock.
 
-python benchmarks/query_value.py [--only layer,step] [--device cuda] [--repeats 5] [--threads 1]
-
 layer  pairwise attention, forward and backward, at T = 128 and 512, time and peak memory
 step   Marian, T = 32, float32 and bfloat16 autocast, for the pairwise and the query gate
 """
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-from steps import marian, step
-from timing import check_close, compare, peak_bytes, run
+from attnpatch.bench.steps import marian, step
+from attnpatch.bench.timing import BenchmarkError, Settings, check_close, compare, peak_bytes
 
 
-def layer(arguments: argparse.Namespace) -> dict[str, Any]:
+def layer(settings: Settings) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
     from attnpatch.functional import query_value_attention
 
     heads, dim = 12, 64
-    device = arguments.device
+    device = settings.device
     square = (heads, dim, dim)
     results: dict[str, Any] = {"peer": "F.scaled_dot_product_attention, forward and backward"}
     for tokens in (128, 512):
@@ -53,33 +50,32 @@ def layer(arguments: argparse.Namespace) -> dict[str, Any]:
         def peer(q: Any = query, k: Any = key, v: Any = value) -> None:
             torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).sum(), (q, k, v))
 
-        timed = compare(ours, peer, arguments.repeats, device)
+        timed = compare(ours, peer, settings.repeats, device)
         results[f"T = {tokens}"] = timed | {
             "relative_error": error,
             "peak_bytes": peak_bytes(ours, device),
             "peer_peak_bytes": peak_bytes(peer, device),
             "bytes_of_one_T_S_D_tensor": 4 * heads * tokens * tokens * dim,
         }
-        print(f"T = {tokens}: {timed['ratio']['median']:.1f} times SDPA")
+        settings.say(f"T = {tokens}: {timed['ratio']['median']:.1f} times SDPA")
     return results
 
 
-def steps(arguments: argparse.Namespace) -> dict[str, Any]:
+def steps(settings: Settings) -> dict[str, Any]:
     batch, tokens = 32, 32
     results: dict[str, Any] = {"peer": "the stock model's step", "batch": batch, "tokens": tokens}
     for bf16 in (False, True):
         precision = "bf16" if bf16 else "float32"
-        stock = step(marian(), None, batch, tokens, arguments.device, bf16)
+        stock = step(marian(), None, batch, tokens, settings.device, bf16)
         for gate in ("pairwise", "query"):
             spec = {"variant": "query_value", "options": {"query_value": {"gate": gate}}}
-            gated = step(marian(), spec, batch, tokens, arguments.device, bf16)
+            gated = step(marian(), spec, batch, tokens, settings.device, bf16)
             if not bool(gated().isfinite()):
-                raise SystemExit(f"{gate}: the loss is not finite; nothing was timed")
-            timed = compare(gated, stock, arguments.repeats, arguments.device)
+                raise BenchmarkError(f"{gate}: the loss is not finite; nothing was timed")
+            timed = compare(gated, stock, settings.repeats, settings.device)
             results[f"{gate} {precision}"] = timed
-            print(f"{gate} {precision}: {timed['ratio']['median']:.2f} times the stock step")
+            settings.say(f"{gate} {precision}: {timed['ratio']['median']:.2f} times the stock step")
     return results
 
 
-if __name__ == "__main__":
-    run("query_value", __doc__, {"layer": layer, "step": steps})
+PARTS = {"layer": layer, "step": steps}

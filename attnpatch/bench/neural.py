@@ -1,21 +1,18 @@
 """What neural projections cost beyond their arithmetic.
 
-python benchmarks/neural.py [--only step,fused] [--device cuda] [--repeats 5] [--threads 1]
-
 step   a neural model's training step over the stock step, divided by the ratio of their FLOPs
 fused  the first layers of q, k and v as one product of concatenated weights, against three products
 """
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-from steps import marian, matmul_flops, roberta, step
-from timing import check_close, compare, run
+from attnpatch.bench.steps import marian, matmul_flops, roberta, step
+from attnpatch.bench.timing import BenchmarkError, Settings, check_close, compare
 
 
-def steps(arguments: argparse.Namespace) -> dict[str, Any]:
+def steps(settings: Settings) -> dict[str, Any]:
     results: dict[str, Any] = {"peer": "the stock model's step"}
     cases = {
         "roberta preset, RoBERTa T = 128": (roberta(), "roberta", 4, 128),
@@ -24,30 +21,30 @@ def steps(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, (architecture, preset, batch, tokens) in cases.items():
         spec = {"variant": "neural", "options": {"neural": {"preset": preset}}}
         for bf16 in (False, True):
-            stock = step(architecture, None, batch, tokens, arguments.device, bf16)
-            neural = step(architecture, spec, batch, tokens, arguments.device, bf16)
+            stock = step(architecture, None, batch, tokens, settings.device, bf16)
+            neural = step(architecture, spec, batch, tokens, settings.device, bf16)
             models = [run.model for run in (neural, stock)]  # type: ignore[attr-defined]
             flops = [matmul_flops(model, batch, tokens) for model in models]
             if not bool(neural().isfinite()):
-                raise SystemExit(f"{name}: the loss is not finite; nothing was timed")
-            timed = compare(neural, stock, arguments.repeats, arguments.device)
+                raise BenchmarkError(f"{name}: the loss is not finite; nothing was timed")
+            timed = compare(neural, stock, settings.repeats, settings.device)
             over = timed["ratio"]["median"] / (flops[0] / flops[1])
             label = f"{name}, {'bf16' if bf16 else 'float32'}"
             results[label] = timed | {"flops_ratio": flops[0] / flops[1], "time_ratio_over_flops_ratio": over}
-            print(f"{label}: {timed['ratio']['median']:.2f} times stock, {over:.2f} over the FLOPs' ratio")
+            settings.say(f"{label}: {timed['ratio']['median']:.2f} times stock, {over:.2f} over the FLOPs' ratio")
     return results
 
 
-def fused(arguments: argparse.Namespace) -> dict[str, Any]:
+def fused(settings: Settings) -> dict[str, Any]:
     import torch
     from torch import nn
     from torch.nn import functional as F
 
     results: dict[str, Any] = {"peer": "three separate first layers; forward and backward of three MLPs"}
     for width, rows in ((768, 512), (256, 2048)):
-        x = torch.randn(rows, width, device=arguments.device).requires_grad_()
-        ups = [nn.Linear(width, 2 * width, device=arguments.device) for _ in range(3)]
-        downs = [nn.Linear(2 * width, width, device=arguments.device) for _ in range(3)]
+        x = torch.randn(rows, width, device=settings.device).requires_grad_()
+        ups = [nn.Linear(width, 2 * width, device=settings.device) for _ in range(3)]
+        downs = [nn.Linear(2 * width, width, device=settings.device) for _ in range(3)]
         leaves = [x, *(p for layer in ups + downs for p in layer.parameters())]
 
         def separate(x: Any = x, ups: Any = ups, downs: Any = downs) -> Any:
@@ -62,13 +59,12 @@ def fused(arguments: argparse.Namespace) -> dict[str, Any]:
         timed = compare(
             lambda: torch.autograd.grad(together().sum(), leaves),  # noqa: B023 - called before the next round
             lambda: torch.autograd.grad(separate().sum(), leaves),  # noqa: B023
-            arguments.repeats,
-            arguments.device,
+            settings.repeats,
+            settings.device,
         )
         results[f"width {width}, {rows} tokens"] = timed
-        print(f"width {width}: one product takes {timed['ratio']['median']:.2f} times three")
+        settings.say(f"width {width}: one product takes {timed['ratio']['median']:.2f} times three")
     return results
 
 
-if __name__ == "__main__":
-    run("neural", __doc__, {"step": steps, "fused": fused})
+PARTS = {"step": steps, "fused": fused}

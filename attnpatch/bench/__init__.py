@@ -1,0 +1,82 @@
+"""Benchmarks: what attention and training cost, as ratios against a named peer in the same run.
+
+A benchmark is a module with PARTS, a mapping from a part's name to a function of `Settings` that gives its results.
+Each part checks its outputs against its peer before it times them, and times both in turn.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from attnpatch.bench.timing import BenchmarkError, Settings
+from attnpatch.errors import SpecError, unknown
+
+BENCHMARKS = ("toolkit", "alignment", "neural", "query_value", "value_aware", "training")
+"""By what they measure; each is a module of this package."""
+
+
+def parts_of(name: str) -> dict[str, Any]:
+    """A benchmark's parts by name.
+
+    Raises:
+        SpecError: there is no such benchmark.
+    """
+    if name not in BENCHMARKS:
+        raise SpecError(unknown("benchmark", name, BENCHMARKS))
+    parts: dict[str, Any] = importlib.import_module(f"attnpatch.bench.{name}").PARTS
+    return parts
+
+
+def choose(words: Iterable[str]) -> list[tuple[str, str]]:
+    """(benchmark, part) for words such as "alignment" (all of its parts) and "toolkit.convert"; all for none.
+
+    Raises:
+        SpecError: an unknown benchmark or part; names the nearest.
+    """
+    chosen = []
+    for word in list(words) or BENCHMARKS:
+        name, _, part = word.partition(".")
+        parts = parts_of(name)
+        if part and part not in parts:
+            raise SpecError(unknown(f"part of {name}", part, parts))
+        chosen += [(name, p) for p in ([part] if part else parts)]
+    return chosen
+
+
+def run(words: Iterable[str], settings: Settings, out: Path) -> list[Path]:
+    """Measure, and write NAME-DEVICE.json into `out` after each part; parts that were not asked for stay in it.
+
+    Args:
+        words: as for `choose`. out: a folder.
+
+    Returns:
+        The files written.
+
+    Raises:
+        SpecError: an unknown name. BenchmarkError: two sides disagree, or there is no such device.
+    """
+    import torch
+
+    from attnpatch.atomic import write_json
+    from attnpatch.environment import LIBRARIES, machine, versions
+
+    chosen = choose(words)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("there is no CUDA device here: use --device cpu")
+    torch.set_num_threads(settings.threads)
+    written: dict[Path, None] = {}
+    for name, part in chosen:
+        settings.say(f"measuring {name}.{part}")
+        result = parts_of(name)[part](settings)
+        path = out / f"{name}-{settings.device}.json"
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        about = {"date": date.today().isoformat(), "repeats": settings.repeats, **machine(), **versions(LIBRARIES)}
+        results[part] = result | {"measured": about}
+        write_json(path, results)
+        written[path] = None
+    return list(written)

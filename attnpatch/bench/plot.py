@@ -1,0 +1,62 @@
+"""All measured ratios in one figure: a dot for the median, a line for the spread."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def ratios(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping[str, float]]]:
+    """Every summary (median, min, max) that stands under a key with "ratio" in it, with the names that lead there."""
+    for key, value in tree.items():
+        if not isinstance(value, Mapping):
+            continue
+        if "median" in value:
+            above = any("ratio" in part for part in (*path, key))
+            if above:
+                names = [part for part in (*path, key) if part not in ("ratio", "variants")]
+                yield ", ".join(names), value
+        else:
+            yield from ratios(value, (*path, key))
+
+
+def draw(folder: Path, device: str) -> list[Path]:
+    """Write ratios-DEVICE.png and .svg beside the results in `folder`; nothing without ratios to show.
+
+    Raises:
+        BenchmarkError: a file is no JSON.
+    """
+    from attnpatch.bench.timing import BenchmarkError
+    from attnpatch.experiments.figures import plain, pyplot, save
+
+    groups: dict[str, list[tuple[str, Mapping[str, float]]]] = {}
+    for path in sorted(folder.glob(f"*-{device}.json")):
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise BenchmarkError(f"{path} is no JSON ({error}): delete it and measure again") from error
+        found = list(ratios(tree))
+        if found:
+            groups[path.stem.removesuffix(f"-{device}")] = found
+    if not groups:
+        return []
+    plt = pyplot()
+    count = sum(len(rows) + 1 for rows in groups.values())
+    figure, axes = plt.subplots(figsize=(9, 0.22 * count + 1))
+    labels: list[str] = []
+    for name, rows in groups.items():
+        labels.append(name)
+        for label, value in rows:
+            at = len(labels)
+            axes.plot([value["min"], value["max"]], [at, at], color="#9db8d9", linewidth=3, solid_capstyle="round")
+            axes.plot(value["median"], at, "o", color="#2f6db3", markersize=4)
+            labels.append(f"{label}  {value['median']:.2f}")
+    axes.axvline(1.0, color="#4d4d4d", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("ratio to the peer (median, min to max)")
+    figure.tight_layout()
+    return save(plain(axes).figure, folder / f"ratios-{device}")
