@@ -1,0 +1,617 @@
+"""Non-softmax score kernels on the CPU, block by block: O(T) memory beside inputs and outputs.
+
+Shapes: query [B, H, T, D], key [B, H, S, D], value [B, H, S, Dv], keep None or bool broadcastable to [B, H, T, S].
+
+f is bounded (expressive) or needs no maximum, so a block of scores needs no rescaling against the others: the
+forward pass adds up f V and the row sums N = sum_j f_ij, and the backward pass recomputes f from query, key and N:
+
+    a = f / N,  da = dO V^T,  dz = (da - rowsum(dO * O)) / N * f'(z)
+
+The elementwise work is done in place, on buffers that stay in the cache. Rows that float32 cannot sum this way
+(N under- or overflows) are found by N and computed by the plain form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnpatch.kernels.score import attention_weights, compute_dtype, no_autocast
+
+BLOCK_QUERIES = 256
+BLOCK_KEYS = 512
+
+# A row sum outside these bounds has lost weights, or overflows in the gradient: the plain form rescales the row.
+SMALLEST, LARGEST = 1e-25, 1e25
+
+# Saved in the place of the row sum: rows that see no key, and rows computed by the plain form.
+_EMPTY, _PLAIN = 0.0, -1.0
+
+
+class Rule(NamedTuple):
+    """What is computed, apart from the tensors."""
+
+    kernel: str
+    degree: int
+    scale: float
+    is_causal: bool
+    dropout_p: float
+    seed: int
+
+
+Hide = Callable[[Tensor], Tensor]
+"""Zeroes, in place, what must not be seen."""
+
+
+class _Strength:
+    """f and f' of a block of scores, in place, on preallocated buffers."""
+
+    def __init__(self, rule: Rule, size: int, dtype: torch.dtype, gradient: bool) -> None:
+        self.rule = rule
+        count = {"expressive": 2 if gradient else 1, "elu": 1, "polynomial": 1 if gradient or rule.degree > 2 else 0}
+        self._spare = [torch.empty(size, dtype=dtype) for _ in range(count[rule.kernel])]
+        self._one = torch.ones((), dtype=dtype)
+
+        self._views: dict[torch.Size, list[Tensor]] = {}
+
+    def _buffers(self, like: Tensor) -> list[Tensor]:
+        views = self._views.get(like.shape)
+        if views is None:
+            views = self._views[like.shape] = [spare[: like.numel()].view(like.shape) for spare in self._spare]
+        return views
+
+    def forward(self, z: Tensor, hide: Hide) -> None:
+        """z -> f(z); `z` is hidden (zero) already where no key is visible."""
+        if self.rule.kernel == "expressive":
+            (other,) = self._buffers(z)
+            z.mul_(z)
+            torch.add(z, 1.0, out=other)
+            z.div_(other)
+        elif self.rule.kernel == "polynomial":
+            z.mul_(z)
+            if self.rule.degree > 2:
+                (other,) = self._buffers(z)
+                _power(z, self.rule.degree // 2, other)
+        else:
+            (other,) = self._buffers(z)
+            # exp(z) below 0 and not elu(z)+1, which has lost all digits at z = -17.
+            torch.clamp(z, max=0.0, out=other)
+            other.exp_()
+            hide(other)
+            z.clamp_(min=0.0).add_(other)
+
+    def backward(self, z: Tensor, inner: Tensor, hide: Hide) -> None:
+        """z -> f(z), and inner -> inner * f'(z) up to `slope`."""
+        if self.rule.kernel == "expressive":
+            inverse, half = self._buffers(z)
+            torch.addcmul(self._one, z, z, out=inverse)
+            inverse.reciprocal_()
+            torch.mul(z, inverse, out=half)
+            z.mul_(half)
+            inner.mul_(half).mul_(inverse)
+        elif self.rule.kernel == "polynomial":
+            (other,) = self._buffers(z)
+            if self.rule.degree == 2:
+                inner.mul_(z)
+                z.mul_(z)
+                return
+            inner.mul_(z)
+            z.mul_(z)
+            other.copy_(z)
+            for _ in range(self.rule.degree // 2 - 2):
+                other.mul_(z)
+            inner.mul_(other)
+            z.mul_(other)
+        else:
+            (other,) = self._buffers(z)
+            torch.clamp(z, max=0.0, out=other)
+            other.exp_()
+            hide(other)
+            z.clamp_(min=0.0).add_(other)
+            inner.mul_(other)
+
+    @property
+    def slope(self) -> float:
+        """The constant factor of f'."""
+        return {"expressive": 2.0, "polynomial": float(self.rule.degree), "elu": 1.0}[self.rule.kernel]
+
+
+def _power(x: Tensor, exponent: int, other: Tensor) -> None:
+    other.copy_(x)
+    for _ in range(exponent - 1):
+        x.mul_(other)
+
+
+class KeyBlock(NamedTuple):
+    first: int
+    end: int
+    key: Tensor
+    value: Tensor
+    key_t: Tensor
+    value_t: Tensor
+
+
+class _Chunk:
+    """Some heads of one sequence (or of the flattened batch): their keys, and what of them is visible."""
+
+    def __init__(self, rule: Rule, key: Tensor, value: Tensor, keep: Tensor | None, dtype: torch.dtype) -> None:
+        """key [C, S, D], value [C, S, Dv], keep None or [1 or C, 1 or T, S]; `dtype` is that of the products."""
+        self.rule = rule
+        self.first_key, self.n_keys = 0, key.shape[1]
+        # A byte becomes a float six times faster than a bool does.
+        self._mask = None if keep is None else keep.view(torch.uint8)
+        if keep is not None and keep.shape[:2] == (1, 1):
+            visible = keep[0, 0].nonzero()[:, 0]
+            if len(visible) > 0:
+                self.first_key, self.n_keys = int(visible[0]), int(visible[-1]) + 1
+            else:
+                self.n_keys = 0
+            if len(visible) == self.n_keys - self.first_key:
+                self._mask = None
+        self.key = key[:, : self.n_keys].to(dtype)
+        self.value = value[:, : self.n_keys].to(dtype)
+        self._blocks: dict[tuple[int, int], KeyBlock] = {}
+
+    @property
+    def seen_key(self) -> Tensor:
+        """From `first_key` on, as in `visible`."""
+        return self.key[:, self.first_key :]
+
+    @property
+    def seen_value(self) -> Tensor:
+        return self.value[:, self.first_key :]
+
+    def _part(self, start: int, stop: int, first: int, end: int) -> Tensor | None:
+        if self._mask is None:
+            return None
+        rows = self._mask if self._mask.shape[1] == 1 else self._mask[:, start:stop]
+        return rows[:, :, first:end]
+
+    def blocks(self, start: int, stop: int) -> Iterator[KeyBlock]:
+        """Key blocks of which some query in [start, stop) sees a key."""
+        last = min(self.n_keys, stop) if self.rule.is_causal else self.n_keys
+        for first in range(self.first_key, last, BLOCK_KEYS):
+            end = min(first + BLOCK_KEYS, last)
+            part = self._part(start, stop, first, end)
+            if part is None or part.amax():
+                block = self._blocks.get((first, end))
+                if block is None:
+                    key, value = self.key[:, first:end], self.value[:, first:end]
+                    block = self._blocks[first, end] = KeyBlock(first, end, key, value, key.mT, value.mT)
+                yield block
+
+    def hider(self, start: int, stop: int, first: int, end: int, dtype: torch.dtype) -> Hide:
+        """What zeroes the elements of a block [C, stop - start, end - first] that are not visible."""
+        if self.rule.is_causal:
+            return _nothing if end - 1 <= start else lambda x: x.tril_(start - first)
+        part = self._part(start, stop, first, end)
+        if part is None or part.amin():
+            return _nothing
+        factor = part.to(dtype)
+        return lambda x: x.mul_(factor)
+
+    def visible(self, start: int, stop: int) -> Tensor:
+        """Bool [1 or C, stop - start, visible keys]: the same as one mask, from `first_key` on."""
+        n_keys = self.n_keys - self.first_key
+        seen = torch.ones(1, stop - start, n_keys, dtype=torch.bool)
+        if self.rule.is_causal:
+            return seen.tril(start - self.first_key)
+        part = self._part(start, stop, self.first_key, self.n_keys)
+        return seen if part is None else seen & part.view(torch.bool)
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x
+
+
+class _Dropout:
+    """Factors 0 or 1/(1-p) of a block, the same whenever asked for."""
+
+    def __init__(self, rule: Rule, size: int, dtype: torch.dtype) -> None:
+        # 16 random bits a weight: four times faster than a uniform number, and p is met to 2^-17.
+        self._threshold = min(round(rule.dropout_p * 65536), 65535)
+        self._factor = 65536.0 / (65536 - self._threshold)
+        self._seed = rule.seed
+        self._generator = torch.Generator()
+        self._bits = torch.empty(-(-size // 4), dtype=torch.int64)
+        self._keep = torch.empty(size, dtype=dtype)
+
+    def draw(self, shape: tuple[int, ...], chunk: int, start: int, first: int) -> Tensor:
+        size = math.prod(shape)
+        self._generator.manual_seed(hash((self._seed, chunk, start, first)) % 2**63)
+        bits = self._bits[: -(-size // 4)].random_(-(2**63), None, generator=self._generator)
+        keep = self._keep[:size].view(shape)
+        torch.ge(bits.view(torch.int16)[:size].view(shape), self._threshold - 32768, out=keep)
+        return keep.mul_(self._factor)
+
+
+class _Workspace:
+    """The buffers of one call: a few blocks, whatever the length."""
+
+    def __init__(self, rule: Rule, query: Tensor, gradient: bool) -> None:
+        size = BLOCK_QUERIES * BLOCK_KEYS
+        self.dtype = compute_dtype(query)
+        self.product_dtype = _product_dtype(rule, query)
+        # exp(z) of a very negative z that is rounded to half precision has no digits left.
+        coarse = rule.kernel == "elu" and self.product_dtype != self.dtype
+        self.smallest = 0.05 if coarse else SMALLEST
+        self.strength = _Strength(rule, size, self.dtype, gradient)
+        self.dropout = _Dropout(rule, size, self.dtype) if rule.dropout_p > 0.0 else None
+        self._scores = torch.empty(size, dtype=self.dtype)
+        self._inner = torch.empty(size if gradient else 0, dtype=self.dtype)
+        self._half = None if self.product_dtype == self.dtype else torch.empty(size, dtype=self.product_dtype)
+
+        self._views: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    def _shaped(self, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Views of the buffers, kept: making them takes as long as a pass over a small block."""
+        views = self._views.get(shape)
+        if views is None:
+            size = math.prod(shape)
+            views = self._views[shape] = (
+                self._scores[:size].view(shape),
+                self._inner[:size].view(shape) if len(self._inner) else self._inner,
+                None if self._half is None else self._half[:size].view(shape),
+            )
+        return views
+
+    def scores(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """scale * a b, in the buffer for scores."""
+        out, _, rounded = self._shaped((a.shape[0], a.shape[1], b.shape[2]))
+        return self._product(out, rounded, a, b, scale)
+
+    def inner(self, a: Tensor, b: Tensor) -> Tensor:
+        """a b, in the buffer for the gradient of the weights."""
+        _, out, rounded = self._shaped((a.shape[0], a.shape[1], b.shape[2]))
+        return self._product(out, rounded, a, b, 1.0)
+
+    def _product(self, out: Tensor, rounded: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        if rounded is None:
+            return torch.baddbmm(out, a, b, beta=0.0, alpha=scale, out=out)
+        if len(a) == 1:
+            # bmm copies a transposed half-precision factor, mm does not.
+            torch.mm(a[0], b[0], out=rounded[0])
+        else:
+            torch.bmm(a, b, out=rounded)
+        return out.copy_(rounded) if scale == 1.0 else torch.mul(rounded, scale, out=out)
+
+    def round(self, x: Tensor) -> Tensor:
+        """`x` as a factor of a product; valid until the next product or rounding."""
+        if self._half is None:
+            return x
+        rounded = self._shaped((x.shape[0], x.shape[1], x.shape[2]))[2]
+        assert rounded is not None
+        return rounded.copy_(x)
+
+    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        """total += a b."""
+        if self._half is None:
+            total.baddbmm_(a, b)
+        else:
+            total.add_(torch.bmm(a, b))
+
+
+def _product_dtype(rule: Rule, query: Tensor) -> torch.dtype:
+    """bfloat16 where the processor multiplies it faster than float32, else the dtype of the sums."""
+    # The scores are rounded, which their fourth power multiplies by four.
+    exact = rule.kernel == "polynomial" and rule.degree > 2
+    if query.dtype == torch.bfloat16 and not exact and torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return compute_dtype(query)
+
+
+def _compact(keep: Tensor | None) -> Tensor | None:
+    """The mask without the dimensions that only repeat it; models repeat a padding mask for each query."""
+    if keep is None:
+        return None
+    for dim in range(3):
+        if keep.stride(dim) == 0:
+            keep = keep.narrow(dim, 0, 1)
+    if keep.shape[2] > 1 and torch.equal(keep[:, :, 0], keep[:, :, -1]):
+        same = keep.view(torch.uint8) == keep[:, :, :1].view(torch.uint8)
+        if same.view(torch.uint8).amin():
+            keep = keep[:, :, :1]
+    return keep
+
+
+def _flatten(tensors: list[Tensor], keep: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    """[B, H, ...] as [1, B * H, ...] where that is a view and no sequence has a mask of its own."""
+    if keep is not None and keep.shape[0] * keep.shape[1] > 1:
+        return tensors, keep
+    try:
+        return [x.view(1, x.shape[0] * x.shape[1], *x.shape[2:]) for x in tensors], keep
+    except RuntimeError:  # strides that do not allow it
+        return tensors, keep
+
+
+def _chunks(query: Tensor, key: Tensor, keep: Tensor | None) -> Iterator[tuple[int, int, slice, Tensor | None]]:
+    """(number, batch, heads, mask): as many heads at a time as make one block of the buffers' size."""
+    n_batch, n_heads, n_queries = query.shape[:3]
+    block = max(1, min(n_queries, BLOCK_QUERIES) * min(key.shape[2], BLOCK_KEYS))
+    at_once = max(1, BLOCK_QUERIES * BLOCK_KEYS // block)
+    number = 0
+    for batch in range(n_batch):
+        for first in range(0, n_heads, at_once):
+            heads = slice(first, min(first + at_once, n_heads))
+            mask = None
+            if keep is not None:
+                mask = keep[batch if keep.shape[0] > 1 else 0]
+                mask = mask[heads] if mask.shape[0] > 1 else mask
+            yield number, batch, heads, mask
+            number += 1
+
+
+def _plain_weights(rule: Rule, chunk: _Chunk, rows: Tensor, start: int) -> Tensor:
+    """Weights of one query block [C, Tb, seen keys] in the plain form."""
+    seen = chunk.visible(start, start + rows.shape[1])
+    return attention_weights(rows, chunk.seen_key, seen, scale=rule.scale, kernel=rule.kernel, degree=rule.degree)
+
+
+def _log_slope(rule: Rule, z: Tensor) -> Tensor:
+    """f'(z) / f(z), and 0 at z = 0, where the weight is 0 or counts as constant."""
+    if rule.kernel == "elu":
+        return torch.where(z > 0.0, 1.0 / (1.0 + z.clamp(min=0.0)), 1.0)
+    # Rows so small are uniform in the plain form.
+    smallest = math.sqrt(torch.finfo(z.dtype).tiny) * 1e-9
+    inverse = torch.where(z.abs() > smallest, z, torch.inf).reciprocal()
+    return rule.degree * inverse if rule.kernel == "polynomial" else 2.0 * inverse / (1.0 + z.square())
+
+
+def _whole_dropout(work: _Workspace, chunk: _Chunk, n_heads: int, number: int, start: int, stop: int) -> Tensor | None:
+    """The dropout factors of a query block over all its keys."""
+    if work.dropout is None:
+        return None
+    keep = torch.zeros(n_heads, stop - start, chunk.n_keys, dtype=work.dtype)
+    for first, end, *_ in chunk.blocks(start, stop):
+        keep[:, :, first:end] = work.dropout.draw((n_heads, stop - start, end - first), number, start, first)
+    return keep[:, :, chunk.first_key :]
+
+
+def blocked_forward(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """Output [B, H, T, Dv] in query's dtype, and the row sums [B, H, T] that the backward pass needs."""
+    output, sums = empty_outputs(query, value)
+    (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], _compact(keep))
+    with no_autocast(query.device):
+        work = _Workspace(rule, query, gradient=False)
+        for number, batch, heads, mask in _chunks(q, k, keep):
+            chunk = _Chunk(rule, k[batch, heads], v[batch, heads], mask, work.product_dtype)
+            rows = q[batch, heads].to(work.product_dtype)
+            total = torch.zeros(rows.shape[:2], dtype=work.dtype)
+            summed = torch.zeros(*rows.shape[:2], value.shape[-1], dtype=work.dtype)
+            for start in range(0, rows.shape[1], BLOCK_QUERIES):
+                stop = min(start + BLOCK_QUERIES, rows.shape[1])
+                here, here_total, here_summed = rows[:, start:stop], total[:, start:stop], summed[:, start:stop]
+                for block in chunk.blocks(start, stop):
+                    z = work.scores(here, block.key_t, rule.scale)
+                    hide = chunk.hider(start, stop, block.first, block.end, work.dtype)
+                    hide(z)
+                    work.strength.forward(z, hide)
+                    here_total.add_(z.sum(-1))
+                    if work.dropout is not None:
+                        z.mul_(work.dropout.draw(z.shape, number, start, block.first))
+                    work.add_product(here_summed, work.round(z), block.value)
+            target = o[batch, heads]
+            # Not a number where the row is lost, which is repaired.
+            target.copy_(summed.div_(total.unsqueeze(-1)))
+            if not ((total >= work.smallest) & (total <= LARGEST)).all():
+                _repair(rule, work, chunk, number, rows, target, total)
+            n[batch, heads] = total
+    return output, sums
+
+
+def _repair(
+    rule: Rule, work: _Workspace, chunk: _Chunk, number: int, rows: Tensor, target: Tensor, total: Tensor
+) -> None:
+    """Put right the rows whose sum is too small, too large or not a number."""
+    for start in range(0, rows.shape[1], BLOCK_QUERIES):
+        stop = min(start + BLOCK_QUERIES, rows.shape[1])
+        here_total, here_target = total[:, start:stop], target[:, start:stop]
+        lost = ~((here_total >= work.smallest) & (here_total <= LARGEST))
+        if not lost.any():
+            continue
+        empty = ~chunk.visible(start, stop).any(-1)
+        here_total.masked_fill_(lost, _PLAIN).masked_fill_(empty, _EMPTY)
+        here_target.masked_fill_(lost.unsqueeze(-1), 0.0)
+        needed = (here_total == _PLAIN).unsqueeze(-1)
+        if needed.any():
+            dropout = _whole_dropout(work, chunk, len(rows), number, start, stop)
+            weights = _plain_weights(rule, chunk, rows[:, start:stop], start)
+            if dropout is not None:
+                weights *= dropout
+            exact = torch.matmul(weights, chunk.seen_value.to(work.dtype))
+            here_target.copy_(torch.where(needed, exact.to(target.dtype), here_target))
+
+
+def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised output (in query's memory layout where the shapes agree) and row sums."""
+    if query.shape[-1] == value.shape[-1]:
+        output = torch.empty_like(query)
+    else:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+    return output, query.new_empty(query.shape[:-1], dtype=compute_dtype(query))
+
+
+def blocked_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    output: Tensor,
+    sums: Tensor,
+    rule: Rule,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    grads = [torch.empty_like(x) for x in (query, key, value)]
+    # As in the forward pass, whose dropout depends on it.
+    (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], _compact(keep))
+    g, dq, dk, dv = (x.reshape(y.shape) for x, y in zip((grad, *grads), (o, q, k, v), strict=True))
+    with no_autocast(query.device):
+        work = _Workspace(rule, query, gradient=True)
+        slope = rule.scale * work.strength.slope
+        for number, batch, heads, mask in _chunks(q, k, keep):
+            chunk = _Chunk(rule, k[batch, heads], v[batch, heads], mask, work.product_dtype)
+            rows = q[batch, heads].to(work.product_dtype)
+            dq_sum = torch.zeros(rows.shape, dtype=work.dtype)
+            dk_sum = torch.zeros(k[batch, heads].shape, dtype=work.dtype)
+            dv_sum = torch.zeros(v[batch, heads].shape, dtype=work.dtype)
+            total = n[batch, heads].unsqueeze(-1)
+            given = g[batch, heads].to(work.dtype)
+            by_plain = None
+            if (total <= 0.0).any():
+                by_plain = torch.where(total == _PLAIN, given, 0.0)
+                # Zero queries and gradients add nothing to the sums.
+                rows, given = (x.masked_fill(total <= 0.0, 0.0) for x in (rows, given))
+                total = total.masked_fill(total <= 0.0, 1.0)
+            given = given / total
+            delta = (given * o[batch, heads]).sum(-1, keepdim=True)
+            given = given.to(work.product_dtype)
+            # The row sum of dO * O is subtracted within the product: [dO / N, -delta] [V, 1]^T.
+            given_delta = torch.cat([given, *_digits(-delta, work)], dim=-1)
+            ones = torch.ones(*chunk.value.shape[:2], given_delta.shape[-1] - given.shape[-1], dtype=work.product_dtype)
+            value_one_t = torch.cat([chunk.value, ones], dim=-1).mT
+            sloped = rows * slope
+            for start in range(0, rows.shape[1], BLOCK_QUERIES):
+                stop = min(start + BLOCK_QUERIES, rows.shape[1])
+                here, here_sloped, here_given = (x[:, start:stop] for x in (rows, sloped, given))
+                here_delta, here_both, here_dq = (x[:, start:stop] for x in (delta, given_delta, dq_sum))
+                for block in chunk.blocks(start, stop):
+                    first, end = block.first, block.end
+                    z = work.scores(here, block.key_t, rule.scale)
+                    hide = chunk.hider(start, stop, first, end, work.dtype)
+                    hide(z)
+                    keep_weight = None
+                    if work.dropout is None:
+                        inner = work.inner(here_both, value_one_t[:, :, first:end])
+                    else:
+                        keep_weight = work.dropout.draw(z.shape, number, start, first)
+                        inner = work.inner(here_given, block.value_t).mul_(keep_weight).sub_(here_delta)
+                    work.strength.backward(z, inner, hide)
+                    if keep_weight is not None:
+                        z.mul_(keep_weight)
+                    work.add_product(dv_sum[:, first:end], work.round(z).mT, here_given)
+                    inner = work.round(inner)
+                    work.add_product(dk_sum[:, first:end], inner.mT, here_sloped)
+                    work.add_product(here_dq, inner, block.key)
+            dq_sum.mul_(slope)
+            if by_plain is not None:
+                seen = slice(chunk.first_key, chunk.n_keys)
+                _add_plain_gradients(
+                    rule, work, chunk, number, q[batch, heads], by_plain, dq_sum, dk_sum[:, seen], dv_sum[:, seen]
+                )
+            dq[batch, heads], dk[batch, heads], dv[batch, heads] = dq_sum, dk_sum, dv_sum
+    return grads[0], grads[1], grads[2]
+
+
+def _add_plain_gradients(
+    rule: Rule,
+    work: _Workspace,
+    chunk: _Chunk,
+    number: int,
+    query: Tensor,
+    grad: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Add what the rows that `_repair` has put right contribute; `grad` is zero in all others."""
+    for start in range(0, query.shape[1], BLOCK_QUERIES):
+        stop = min(start + BLOCK_QUERIES, query.shape[1])
+        if not grad[:, start:stop].any():
+            continue
+        here, given, value = query[:, start:stop], grad[:, start:stop], chunk.seen_value.to(work.dtype)
+        weights = _plain_weights(rule, chunk, here, start)
+        inner = torch.matmul(given, value.mT)
+        dropped = weights
+        dropout = _whole_dropout(work, chunk, len(query), number, start, stop)
+        if dropout is not None:
+            inner *= dropout
+            dropped = weights * dropout
+        dv += torch.matmul(dropped.mT, given)
+        inner -= (inner * weights).sum(-1, keepdim=True)
+        key = chunk.seen_key.to(work.dtype)
+        z = torch.matmul(here.to(work.dtype) * rule.scale, key.mT).masked_fill(~chunk.visible(start, stop), 0.0)
+        dz = inner * (weights * _log_slope(rule, z)) * rule.scale
+        dq[:, start:stop] += torch.matmul(dz, key)
+        dk += torch.matmul(dz.mT, here.to(work.dtype))
+
+
+def _digits(x: Tensor, work: _Workspace) -> list[Tensor]:
+    """`x` as a sum of factors of a product: in half precision two of them, which keep twice the digits."""
+    head = x.to(work.product_dtype)
+    return [head] if work.product_dtype == work.dtype else [head, (x - head).to(work.product_dtype)]
+
+
+def _rule(kernel: str, degree: int, scale: float, is_causal: bool, dropout_p: float, seed: Tensor | None) -> Rule:
+    return Rule(kernel, degree, scale, is_causal, dropout_p, 0 if seed is None else int(seed))
+
+
+@torch.library.custom_op("attnpatch::blocked_attention", mutates_args=())
+def blocked_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    seed: Tensor | None,
+    kernel: str,
+    degree: int,
+    scale: float,
+    is_causal: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and row sums as one operator, which autograd and torch.compile know."""
+    return blocked_forward(query, key, value, keep, _rule(kernel, degree, scale, is_causal, dropout_p, seed))
+
+
+@torch.library.custom_op("attnpatch::blocked_attention_backward", mutates_args=())
+def blocked_attention_backward_op(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    output: Tensor,
+    sums: Tensor,
+    seed: Tensor | None,
+    kernel: str,
+    degree: int,
+    scale: float,
+    is_causal: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    rule = _rule(kernel, degree, scale, is_causal, dropout_p, seed)
+    return blocked_backward(grad, query, key, value, keep, output, sums, rule)
+
+
+@blocked_attention_op.register_fake
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return empty_outputs(query, value)
+
+
+@blocked_attention_backward_op.register_fake
+def _fake_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, keep, seed, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, keep, *output, seed)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
+    query, key, value, keep, output, sums, seed = ctx.saved_tensors
+    grads = blocked_attention_backward_op(grad, query, key, value, keep, output, sums, seed, *ctx.options)
+    return (*grads, *[None] * 7)
+
+
+torch.library.register_autograd(blocked_attention_op, _gradients, setup_context=_save)
