@@ -34,6 +34,7 @@ def describe() -> dict[str, Any]:
     import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    from attnpatch.kernels import dispatch
     from attnpatch.registry import families, variants
 
     found: dict[str, Any] = versions(())
@@ -45,6 +46,7 @@ def describe() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "families": {name: list(family.model_types) for name, family in families().items()},
         "variants": {name: variant.stage for name, variant in variants().items()},
+        "score kernels": dispatch.describe(),
         "attention backends": sorted(ALL_ATTENTION_FUNCTIONS.keys()),
     }
 

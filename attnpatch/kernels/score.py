@@ -34,6 +34,24 @@ def check_name(kind: str, name: str, known: tuple[str, ...]) -> None:
         raise SpecError(unknown(kind, name, known))
 
 
+def check_degree(degree: object) -> None:
+    """Raise SpecError unless `degree` is a positive even integer."""
+    if isinstance(degree, bool) or not isinstance(degree, int) or degree < 2 or degree % 2:
+        raise SpecError(f"degree is the exponent of the polynomial kernel: a positive even integer; got {degree!r}")
+
+
+def check_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raise SpecError unless the mask is None, bool or floating, and not given with `is_causal`."""
+    if attn_mask is None:
+        return
+    if is_causal:
+        raise SpecError("attn_mask and is_causal=True exclude each other: put the causal rule into attn_mask")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise SpecError(
+            f"attn_mask is bool (True = may attend) or floating (added to the scores); got {attn_mask.dtype}"
+        )
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float32 for float16 and bfloat16 inputs, else the widest floating dtype among the tensors."""
     dtype = torch.float32
@@ -111,8 +129,7 @@ def weights_from_scores(
     if kernel == "expressive":
         strength = _expressive(scores)
     elif kernel == "polynomial":
-        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 2 or degree % 2:
-            raise SpecError(f"degree is the exponent of the polynomial kernel: a positive even integer; got {degree!r}")
+        check_degree(degree)
         strength = _polynomial(scores, degree)
     else:
         strength = _elu(scores, keep)
@@ -121,19 +138,14 @@ def weights_from_scores(
 
 def _read_mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor | None, Tensor | None]:
     """(visible keys or None for all, finite log weights or None), both broadcastable to the scores."""
+    check_mask(attn_mask, is_causal)
     if is_causal:
-        if attn_mask is not None:
-            raise SpecError("attn_mask and is_causal=True exclude each other: put the causal rule into attn_mask")
         keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         return keep, None
     if attn_mask is None:
         return None, None
     if attn_mask.dtype == torch.bool:
         return attn_mask, None
-    if not attn_mask.is_floating_point():
-        raise SpecError(
-            f"attn_mask is bool (True = may attend) or floating (added to the scores); got {attn_mask.dtype}"
-        )
     bias = attn_mask.to(scores.dtype)
     keep = bias > EXCLUDED
     return keep, bias.masked_fill(~keep, 0.0)
@@ -217,7 +229,7 @@ def aggregate(weights: Tensor, value: Tensor, dropout_p: float = 0.0, dtype: tor
         return torch.matmul(weights.to(work), value.to(work)).to(dtype or value.dtype)
 
 
-def kernel_attention(
+def plain_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -229,13 +241,37 @@ def kernel_attention(
     kernel: str = "softmax",
     degree: int = 2,
 ) -> Tensor:
+    """Attention output by way of the weights; arguments as `kernel_attention`."""
+    weights = attention_weights(query, key, attn_mask, is_causal, scale, kernel, degree)
+    return aggregate(weights, value, dropout_p, query.dtype)
+
+
+def kernel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    kernel: str = "softmax",
+    degree: int = 2,
+    implementation: str | None = None,
+) -> Tensor:
     """Attention output [B, H, T, D] of any kernel, with the signature of F.scaled_dot_product_attention.
 
     Arguments and errors as `attention_weights`; `dropout_p` acts whenever it is positive, as in SDPA. The
-    output has query's dtype.
+    output has query's dtype. `implementation` names one of `attnpatch.kernels.dispatch.IMPLEMENTATIONS`; by
+    default the fastest that can serve is taken. Only "plain" can be differentiated twice.
     """
-    weights = attention_weights(query, key, attn_mask, is_causal, scale, kernel, degree)
-    return aggregate(weights, value, dropout_p, query.dtype)
+    from attnpatch.kernels.dispatch import attend
+
+    check_name("kernel", kernel, KERNELS)
+    if kernel == "polynomial":
+        check_degree(degree)
+    check_mask(attn_mask, is_causal)
+    return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, kernel, degree, implementation)
 
 
 def expressive_attention(

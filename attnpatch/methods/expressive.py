@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from attnpatch.families.base import Site
-from attnpatch.kernels.score import KERNELS, attention_weights, expressive_attention
+from attnpatch.kernels.score import KERNELS, attention_weights, kernel_attention
 from attnpatch.methods.base import StageVariant
 from attnpatch.options import option
 from attnpatch.registry import register_variant
@@ -40,10 +40,10 @@ class KernelScore(ScoreStage):
         is_causal: bool,
         scale: float,
     ) -> Tensor:
-        if self.kernel == "expressive":
-            own = scale if self.scale is None else self.scale
-            return expressive_attention(query, key, value, attn_mask, dropout_p, is_causal, own)
-        return super().attend(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        own = scale if self.scale is None else self.scale
+        return kernel_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, own, kernel=self.kernel, degree=self.degree
+        )
 
     def extra_repr(self) -> str:
         return f"{self.kernel}, scale={'model' if self.scale is None else self.scale}"

@@ -1,0 +1,175 @@
+"""Which implementation computes attention with a non-softmax score kernel.
+
+    triton   fused, on CUDA, where Triton is installed
+    flex     FlexAttention with log f added to no score: CUDA where Triton cannot serve; forward only on the CPU
+    blocked  block by block on the CPU, O(T) memory
+    plain    the definition, [T, S] weights in memory; serves everything
+
+The choice is automatic. `ATTNPATCH_KERNEL` in the environment, `use_implementation` or the argument
+`implementation` of the functions ask for one by name, and an error says why if it cannot serve. Softmax is plain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from attnpatch.errors import SpecError
+from attnpatch.kernels.blocked import blocked_attention_op
+from attnpatch.kernels.score import check_name, default_scale, plain_attention
+
+IMPLEMENTATIONS = ("auto", "plain", "blocked", "triton", "flex")
+VARIABLE = "ATTNPATCH_KERNEL"
+
+BLOCKED_FROM = 1024
+"""Scores of one head from which blocks are faster than the plain form; see docs/benchmarks.md."""
+
+_asked = os.environ.get(VARIABLE) or "auto"
+
+if importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
+    from attnpatch.kernels import triton_score
+else:
+    triton_score = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def use_implementation(name: str) -> Iterator[None]:
+    """Within it, the named implementation ("auto" for the automatic choice) computes non-softmax attention."""
+    check_name("implementation", name, IMPLEMENTATIONS)
+    global _asked
+    before, _asked = _asked, name
+    try:
+        yield
+    finally:
+        _asked = before
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    kernel: str,
+    degree: int,
+    implementation: str | None,
+) -> Tensor:
+    """Output [..., T, Dv]; arguments as `kernel_attention`, which has checked them."""
+    name = implementation or _asked
+    if name != "auto":
+        check_name("implementation" if implementation else VARIABLE, name, IMPLEMENTATIONS)
+    factor = default_scale(kernel, query.shape[-1]) if scale is None else float(scale)
+    if kernel == "softmax" and implementation is None:
+        name = "plain"
+    tensors = (query, key, value, attn_mask)
+    if name == "auto":
+        for candidate in ("triton", "flex", "blocked"):
+            if why_not(candidate, *tensors, dropout_p, kernel) is None and _pays(candidate, query, key):
+                name = candidate
+                break
+        else:
+            name = "plain"
+    elif name != "plain":
+        reason = why_not(name, *tensors, dropout_p, kernel)
+        if reason is not None:
+            raise SpecError(f"the {name} implementation cannot serve this call: {reason}; 'auto' and 'plain' can")
+    if name == "plain":
+        return plain_attention(query, key, value, attn_mask, dropout_p, is_causal, factor, kernel=kernel, degree=degree)
+    shape = query.shape
+    q, k, v, keep = _four_dimensions(query, key, value, attn_mask)
+    seed = torch.randint(2**62, (), device="cpu") if dropout_p > 0.0 else None
+    if name == "blocked":
+        output = blocked_attention_op(q, k, v, keep, seed, kernel, degree, factor, is_causal, dropout_p)[0]
+    elif name == "triton":
+        output = triton_score.triton_attention_op(q, k, v, keep, seed, kernel, degree, factor, is_causal, dropout_p)[0]
+    else:
+        from attnpatch.kernels.flex import flex_attention
+
+        output = flex_attention(q, k, v, keep, is_causal, factor, kernel, degree)
+    return output if len(shape) == 4 else output.reshape(*_leading(query, key, value), *output.shape[-2:])
+
+
+def why_not(
+    name: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, kernel: str
+) -> str | None:
+    """Why an implementation cannot serve a call, or None if it can."""
+    if name == "plain":
+        return None
+    if kernel == "softmax":
+        return "it has no softmax (torch.nn.functional.scaled_dot_product_attention does)"
+    if not (query.dtype == key.dtype == value.dtype) or not query.is_floating_point():
+        return f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}; one is needed"
+    if not (query.device == key.device == value.device):
+        return f"query, key and value are on {query.device}, {key.device} and {value.device}"
+    if max(query.dim(), key.dim(), value.dim()) > 4:
+        return f"it takes up to 4 dimensions, got {query.dim()}"
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        return f"attn_mask is {attn_mask.dtype}, and it takes bool (True = may attend)"
+    if dropout_p >= 1.0:
+        return f"dropout_p is {dropout_p}, and it takes less than 1"
+    if name == "blocked":
+        return None if query.device.type == "cpu" else f"it runs on the CPU, and query is on {query.device}"
+    if name == "triton":
+        return _why_not_triton(query, value)
+    if dropout_p > 0.0:
+        return "FlexAttention has no dropout"
+    if query.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return "FlexAttention has no gradient on the CPU"
+    if query.device.type not in ("cpu", "cuda"):
+        return f"FlexAttention runs on cuda and cpu, and query is on {query.device}"
+    return None
+
+
+def _why_not_triton(query: Tensor, value: Tensor) -> str | None:
+    if triton_score is None:
+        installed = importlib.util.find_spec("triton") is not None
+        return "there is no CUDA device" if installed else "Triton is not installed (pip install triton)"
+    return triton_score.why_not(query, value)
+
+
+def _pays(name: str, query: Tensor, key: Tensor) -> bool:
+    """Whether the automatic choice takes an implementation that can serve."""
+    if name == "blocked":
+        return query.shape[-2] * key.shape[-2] >= BLOCKED_FROM
+    return query.device.type == "cuda"
+
+
+def _leading(query: Tensor, key: Tensor, value: Tensor) -> torch.Size:
+    return torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+
+
+def _four_dimensions(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    leading = _leading(query, key, value)
+    batch = (1,) * (2 - len(leading)) + tuple(leading)
+    q, k, v = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
+    if mask is None:
+        return q, k, v, None
+    full = (*batch, query.shape[-2], key.shape[-2])
+    if torch.broadcast_shapes(mask.shape, full) != torch.Size(full):
+        raise SpecError(f"attn_mask of shape {tuple(mask.shape)} does not broadcast to the scores' {full}")
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    return q, k, v, mask.expand(*mask.shape[:-1], key.shape[-2])
+
+
+def describe() -> dict[str, object]:
+    """What `attnpatch env` shows of it."""
+    cpu = torch.zeros(1, 1, 1, 16)
+    return {
+        "asked for": _asked,
+        "on cpu": f"blocked from {BLOCKED_FROM} scores a head, else plain",
+        "on cuda": "plain"
+        if not torch.cuda.is_available()
+        else "flex"
+        if triton_score is None
+        else "triton, else flex",
+        "triton": _why_not_triton(cpu, cpu) or "available",
+    }
