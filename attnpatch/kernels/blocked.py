@@ -372,11 +372,12 @@ def _whole_dropout(work: _Workspace, chunk: _Chunk, n_heads: int, number: int, s
 
 
 def blocked_forward(
-    query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, rule: Rule
-) -> tuple[Tensor, Tensor]:
-    """Output [B, H, T, Dv] in query's dtype, and the row sums [B, H, T] that the backward pass needs."""
-    output, sums = empty_outputs(query, value)
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, rule: Rule, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, H, T, Dv] in query's dtype; what its rounding lost, for the backward pass; row sums [B, H, T]."""
+    output, residual, sums = empty_outputs(query, value, training)
     (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], _compact(keep))
+    r = residual.view(o.shape) if residual.numel() else None
     with no_autocast(query.device):
         work = _Workspace(rule, query, gradient=False)
         for number, batch, heads, mask in _chunks(q, k, keep):
@@ -392,17 +393,21 @@ def blocked_forward(
                     hide = chunk.hider(start, stop, block.first, block.end, work.dtype)
                     hide(z)
                     work.strength.forward(z, hide)
-                    here_total.add_(z.sum(-1))
+                    # Rounded before they are summed, so that the weights add up to one.
+                    rounded = work.round(z)
+                    here_total.add_(rounded.sum(-1, dtype=work.dtype))
                     if work.dropout is not None:
-                        z.mul_(work.dropout.draw(z.shape, number, start, block.first))
-                    work.add_product(here_summed, work.round(z), block.value)
-            target = o[batch, heads]
+                        rounded.mul_(work.dropout.draw(z.shape, number, start, block.first))
+                    work.add_product(here_summed, rounded, block.value)
             # Not a number where the row is lost, which is repaired.
-            target.copy_(summed.div_(total.unsqueeze(-1)))
+            summed.div_(total.unsqueeze(-1))
             if not ((total >= work.smallest) & (total <= LARGEST)).all():
-                _repair(rule, work, chunk, number, rows, target, total)
+                _repair(rule, work, chunk, number, rows, summed, total)
+            o[batch, heads] = summed
+            if r is not None:
+                r[batch, heads] = summed.sub_(o[batch, heads])
             n[batch, heads] = total
-    return output, sums
+    return output, residual, sums
 
 
 def _repair(
@@ -425,16 +430,22 @@ def _repair(
             if dropout is not None:
                 weights *= dropout
             exact = torch.matmul(weights, chunk.seen_value.to(work.dtype))
-            here_target.copy_(torch.where(needed, exact.to(target.dtype), here_target))
+            here_target.copy_(torch.where(needed, exact, here_target))
 
 
-def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised output (in query's memory layout where the shapes agree) and row sums."""
+def empty_outputs(query: Tensor, value: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised output (in query's memory layout where the shapes agree), residual and row sums.
+
+    The residual is empty unless a gradient is wanted and the output is rounded. f'/f is unbounded at z = 0, so
+    that there dO * O must cancel against dO * V to more digits than half precision has.
+    """
     if query.shape[-1] == value.shape[-1]:
         output = torch.empty_like(query)
     else:
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
-    return output, query.new_empty(query.shape[:-1], dtype=compute_dtype(query))
+    sums = query.new_empty(query.shape[:-1], dtype=compute_dtype(query))
+    rounded = training and query.dtype != sums.dtype
+    return output, torch.empty_like(output) if rounded else output.new_empty(0), sums
 
 
 def blocked_backward(
@@ -444,6 +455,7 @@ def blocked_backward(
     value: Tensor,
     keep: Tensor | None,
     output: Tensor,
+    residual: Tensor,
     sums: Tensor,
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -451,6 +463,7 @@ def blocked_backward(
     grads = [torch.empty_like(x) for x in (query, key, value)]
     # As in the forward pass, whose dropout depends on it.
     (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], _compact(keep))
+    r = residual.view(o.shape) if residual.numel() else None
     g, dq, dk, dv = (x.reshape(y.shape) for x, y in zip((grad, *grads), (o, q, k, v), strict=True))
     with no_autocast(query.device):
         work = _Workspace(rule, query, gradient=True)
@@ -469,9 +482,9 @@ def blocked_backward(
                 # Zero queries and gradients add nothing to the sums.
                 rows, given = (x.masked_fill(total <= 0.0, 0.0) for x in (rows, given))
                 total = total.masked_fill(total <= 0.0, 1.0)
-            given = given / total
-            delta = (given * o[batch, heads]).sum(-1, keepdim=True)
-            given = given.to(work.product_dtype)
+            given = (given / total).to(work.product_dtype)
+            exact = o[batch, heads] if r is None else o[batch, heads].to(work.dtype) + r[batch, heads]
+            delta = (given * exact).sum(-1, keepdim=True)
             # The row sum of dO * O is subtracted within the product: [dO / N, -delta] [V, 1]^T.
             given_delta = torch.cat([given, *_digits(-delta, work)], dim=-1)
             ones = torch.ones(*chunk.value.shape[:2], given_delta.shape[-1] - given.shape[-1], dtype=work.product_dtype)
@@ -564,9 +577,11 @@ def blocked_attention_op(
     scale: float,
     is_causal: bool,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """Output and row sums as one operator, which autograd and torch.compile know."""
-    return blocked_forward(query, key, value, keep, _rule(kernel, degree, scale, is_causal, dropout_p, seed))
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, residual and row sums as one operator, which autograd and torch.compile know."""
+    rule = _rule(kernel, degree, scale, is_causal, dropout_p, seed)
+    return blocked_forward(query, key, value, keep, rule, training)
 
 
 @torch.library.custom_op("attnpatch::blocked_attention_backward", mutates_args=())
@@ -577,6 +592,7 @@ def blocked_attention_backward_op(
     value: Tensor,
     keep: Tensor | None,
     output: Tensor,
+    residual: Tensor,
     sums: Tensor,
     seed: Tensor | None,
     kernel: str,
@@ -584,15 +600,16 @@ def blocked_attention_backward_op(
     scale: float,
     is_causal: bool,
     dropout_p: float,
+    training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     rule = _rule(kernel, degree, scale, is_causal, dropout_p, seed)
-    return blocked_backward(grad, query, key, value, keep, output, sums, rule)
+    return blocked_backward(grad, query, key, value, keep, output, residual, sums, rule)
 
 
 @blocked_attention_op.register_fake
-def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return empty_outputs(query, value)
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_outputs(query, value, arguments[-1])
 
 
 @blocked_attention_backward_op.register_fake
@@ -602,16 +619,15 @@ def _fake_backward(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, keep, seed, *ctx.options = inputs
     ctx.save_for_backward(query, key, value, keep, *output, seed)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _gradients(ctx: Any, grad: Tensor, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, keep, output, sums, seed = ctx.saved_tensors
-    grads = blocked_attention_backward_op(grad, query, key, value, keep, output, sums, seed, *ctx.options)
-    return (*grads, *[None] * 7)
+def _gradients(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = blocked_attention_backward_op(grad, *ctx.saved_tensors, *ctx.options)
+    return (*grads, *[None] * 8)
 
 
 torch.library.register_autograd(blocked_attention_op, _gradients, setup_context=_save)

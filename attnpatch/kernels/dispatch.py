@@ -85,10 +85,10 @@ def attend(
     shape = query.shape
     q, k, v, keep = _four_dimensions(query, key, value, attn_mask)
     seed = torch.randint(2**62, (), device="cpu") if dropout_p > 0.0 else None
-    if name == "blocked":
-        output = blocked_attention_op(q, k, v, keep, seed, kernel, degree, factor, is_causal, dropout_p)[0]
-    elif name == "triton":
-        output = triton_score.triton_attention_op(q, k, v, keep, seed, kernel, degree, factor, is_causal, dropout_p)[0]
+    if name in ("blocked", "triton"):
+        operator = blocked_attention_op if name == "blocked" else triton_score.triton_attention_op
+        training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        output = operator(q, k, v, keep, seed, kernel, degree, factor, is_causal, dropout_p, training)[0]
     else:
         from attnpatch.kernels.flex import flex_attention
 

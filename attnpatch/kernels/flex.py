@@ -45,8 +45,8 @@ def flex_attention(
         per_head = mask is not None and keep is not None and keep.shape[1] > 1
         block_mask = flex.create_block_mask(
             mask_mod,
-            batch if mask is not None else None,  # type: ignore[arg-type]
-            heads if per_head else None,  # type: ignore[arg-type]
+            batch if mask is not None else None,
+            heads if per_head else None,
             n_queries,
             n_keys,
             device=str(query.device),
