@@ -139,7 +139,7 @@ class _Chunk:
     """Some heads of one sequence (or of the flattened batch): their keys, and what of them is visible."""
 
     def __init__(self, rule: Rule, key: Tensor, value: Tensor, keep: Tensor | None, dtype: torch.dtype) -> None:
-        """key [C, S, D], value [C, S, Dv], keep None or [1 or C, 1 or T, S]; `dtype` is that of the products."""
+        """key [C, S, D], value [C, S, Dv], keep None or [1 or C, 1 or T, S]; computed with in `dtype`."""
         self.rule = rule
         self.first_key, self.n_keys = 0, key.shape[1]
         # A byte becomes a float six times faster than a bool does.
@@ -235,73 +235,26 @@ class _Workspace:
     def __init__(self, rule: Rule, query: Tensor, gradient: bool) -> None:
         size = BLOCK_QUERIES * BLOCK_KEYS
         self.dtype = compute_dtype(query)
-        self.product_dtype = _product_dtype(rule, query)
-        # exp(z) of a very negative z that is rounded to half precision has no digits left.
-        coarse = rule.kernel == "elu" and self.product_dtype != self.dtype
-        self.smallest = 0.05 if coarse else SMALLEST
         self.strength = _Strength(rule, size, self.dtype, gradient)
         self.dropout = _Dropout(rule, size, self.dtype) if rule.dropout_p > 0.0 else None
-        self._scores = torch.empty(size, dtype=self.dtype)
-        self._inner = torch.empty(size if gradient else 0, dtype=self.dtype)
-        self._half = None if self.product_dtype == self.dtype else torch.empty(size, dtype=self.product_dtype)
+        self._buffers = [torch.empty(size, dtype=self.dtype) for _ in range(2 if gradient else 1)]
+        self._views: dict[tuple[int, ...], list[Tensor]] = {}
 
-        self._views: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor | None]] = {}
-
-    def _shaped(self, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _shaped(self, shape: tuple[int, int, int]) -> list[Tensor]:
         """Views of the buffers, kept: making them takes as long as a pass over a small block."""
         views = self._views.get(shape)
         if views is None:
-            size = math.prod(shape)
-            views = self._views[shape] = (
-                self._scores[:size].view(shape),
-                self._inner[:size].view(shape) if len(self._inner) else self._inner,
-                None if self._half is None else self._half[:size].view(shape),
-            )
+            views = self._views[shape] = [x[: math.prod(shape)].view(shape) for x in self._buffers]
         return views
 
     def scores(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """scale * a b, in the buffer for scores."""
-        out, _, rounded = self._shaped((a.shape[0], a.shape[1], b.shape[2]))
-        return self._product(out, rounded, a, b, scale)
+        out = self._shaped((a.shape[0], a.shape[1], b.shape[2]))[0]
+        return torch.baddbmm(out, a, b, beta=0.0, alpha=scale, out=out)
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
         """a b, in the buffer for the gradient of the weights."""
-        _, out, rounded = self._shaped((a.shape[0], a.shape[1], b.shape[2]))
-        return self._product(out, rounded, a, b, 1.0)
-
-    def _product(self, out: Tensor, rounded: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        if rounded is None:
-            return torch.baddbmm(out, a, b, beta=0.0, alpha=scale, out=out)
-        if len(a) == 1:
-            # bmm copies a transposed half-precision factor, mm does not.
-            torch.mm(a[0], b[0], out=rounded[0])
-        else:
-            torch.bmm(a, b, out=rounded)
-        return out.copy_(rounded) if scale == 1.0 else torch.mul(rounded, scale, out=out)
-
-    def round(self, x: Tensor) -> Tensor:
-        """`x` as a factor of a product; valid until the next product or rounding."""
-        if self._half is None:
-            return x
-        rounded = self._shaped((x.shape[0], x.shape[1], x.shape[2]))[2]
-        assert rounded is not None
-        return rounded.copy_(x)
-
-    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        """total += a b."""
-        if self._half is None:
-            total.baddbmm_(a, b)
-        else:
-            total.add_(torch.bmm(a, b))
-
-
-def _product_dtype(rule: Rule, query: Tensor) -> torch.dtype:
-    """bfloat16 where the processor multiplies it faster than float32, else the dtype of the sums."""
-    # The scores are rounded, which their fourth power multiplies by four.
-    exact = rule.kernel == "polynomial" and rule.degree > 2
-    if query.dtype == torch.bfloat16 and not exact and torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16
-    return compute_dtype(query)
+        return torch.bmm(a, b, out=self._shaped((a.shape[0], a.shape[1], b.shape[2]))[1])
 
 
 def _compact(keep: Tensor | None) -> Tensor | None:
@@ -381,8 +334,8 @@ def blocked_forward(
     with no_autocast(query.device):
         work = _Workspace(rule, query, gradient=False)
         for number, batch, heads, mask in _chunks(q, k, keep):
-            chunk = _Chunk(rule, k[batch, heads], v[batch, heads], mask, work.product_dtype)
-            rows = q[batch, heads].to(work.product_dtype)
+            chunk = _Chunk(rule, k[batch, heads], v[batch, heads], mask, work.dtype)
+            rows = q[batch, heads].to(work.dtype)
             total = torch.zeros(rows.shape[:2], dtype=work.dtype)
             summed = torch.zeros(*rows.shape[:2], value.shape[-1], dtype=work.dtype)
             for start in range(0, rows.shape[1], BLOCK_QUERIES):
@@ -393,15 +346,13 @@ def blocked_forward(
                     hide = chunk.hider(start, stop, block.first, block.end, work.dtype)
                     hide(z)
                     work.strength.forward(z, hide)
-                    # Rounded before they are summed, so that the weights add up to one.
-                    rounded = work.round(z)
-                    here_total.add_(rounded.sum(-1, dtype=work.dtype))
+                    here_total.add_(z.sum(-1))
                     if work.dropout is not None:
-                        rounded.mul_(work.dropout.draw(z.shape, number, start, block.first))
-                    work.add_product(here_summed, rounded, block.value)
+                        z.mul_(work.dropout.draw(z.shape, number, start, block.first))
+                    here_summed.baddbmm_(z, block.value)
             # Not a number where the row is lost, which is repaired.
             summed.div_(total.unsqueeze(-1))
-            if not ((total >= work.smallest) & (total <= LARGEST)).all():
+            if not ((total >= SMALLEST) & (total <= LARGEST)).all():
                 _repair(rule, work, chunk, number, rows, summed, total)
             o[batch, heads] = summed
             if r is not None:
@@ -417,7 +368,7 @@ def _repair(
     for start in range(0, rows.shape[1], BLOCK_QUERIES):
         stop = min(start + BLOCK_QUERIES, rows.shape[1])
         here_total, here_target = total[:, start:stop], target[:, start:stop]
-        lost = ~((here_total >= work.smallest) & (here_total <= LARGEST))
+        lost = ~((here_total >= SMALLEST) & (here_total <= LARGEST))
         if not lost.any():
             continue
         empty = ~chunk.visible(start, stop).any(-1)
@@ -469,8 +420,8 @@ def blocked_backward(
         work = _Workspace(rule, query, gradient=True)
         slope = rule.scale * work.strength.slope
         for number, batch, heads, mask in _chunks(q, k, keep):
-            chunk = _Chunk(rule, k[batch, heads], v[batch, heads], mask, work.product_dtype)
-            rows = q[batch, heads].to(work.product_dtype)
+            chunk = _Chunk(rule, k[batch, heads], v[batch, heads], mask, work.dtype)
+            rows = q[batch, heads].to(work.dtype)
             dq_sum = torch.zeros(rows.shape, dtype=work.dtype)
             dk_sum = torch.zeros(k[batch, heads].shape, dtype=work.dtype)
             dv_sum = torch.zeros(v[batch, heads].shape, dtype=work.dtype)
@@ -482,13 +433,12 @@ def blocked_backward(
                 # Zero queries and gradients add nothing to the sums.
                 rows, given = (x.masked_fill(total <= 0.0, 0.0) for x in (rows, given))
                 total = total.masked_fill(total <= 0.0, 1.0)
-            given = (given / total).to(work.product_dtype)
+            given = given / total
             exact = o[batch, heads] if r is None else o[batch, heads].to(work.dtype) + r[batch, heads]
             delta = (given * exact).sum(-1, keepdim=True)
-            # The row sum of dO * O is subtracted within the product: [dO / N, -delta] [V, 1]^T.
-            given_delta = torch.cat([given, *_digits(-delta, work)], dim=-1)
-            ones = torch.ones(*chunk.value.shape[:2], given_delta.shape[-1] - given.shape[-1], dtype=work.product_dtype)
-            value_one_t = torch.cat([chunk.value, ones], dim=-1).mT
+            # It is subtracted within the product: [dO / N, -delta] [V, 1]^T.
+            given_delta = torch.cat([given, -delta], dim=-1)
+            value_one_t = torch.cat([chunk.value, torch.ones_like(chunk.value[:, :, :1])], dim=-1).mT
             sloped = rows * slope
             for start in range(0, rows.shape[1], BLOCK_QUERIES):
                 stop = min(start + BLOCK_QUERIES, rows.shape[1])
@@ -508,10 +458,9 @@ def blocked_backward(
                     work.strength.backward(z, inner, hide)
                     if keep_weight is not None:
                         z.mul_(keep_weight)
-                    work.add_product(dv_sum[:, first:end], work.round(z).mT, here_given)
-                    inner = work.round(inner)
-                    work.add_product(dk_sum[:, first:end], inner.mT, here_sloped)
-                    work.add_product(here_dq, inner, block.key)
+                    dv_sum[:, first:end].baddbmm_(z.mT, here_given)
+                    dk_sum[:, first:end].baddbmm_(inner.mT, here_sloped)
+                    here_dq.baddbmm_(inner, block.key)
             dq_sum.mul_(slope)
             if by_plain is not None:
                 seen = slice(chunk.first_key, chunk.n_keys)
@@ -553,12 +502,6 @@ def _add_plain_gradients(
         dz = inner * (weights * _log_slope(rule, z)) * rule.scale
         dq[:, start:stop] += torch.matmul(dz, key)
         dk += torch.matmul(dz.mT, here.to(work.dtype))
-
-
-def _digits(x: Tensor, work: _Workspace) -> list[Tensor]:
-    """`x` as a sum of factors of a product: in half precision two of them, which keep twice the digits."""
-    head = x.to(work.product_dtype)
-    return [head] if work.product_dtype == work.dtype else [head, (x - head).to(work.product_dtype)]
 
 
 def _rule(kernel: str, degree: int, scale: float, is_causal: bool, dropout_p: float, seed: Tensor | None) -> Rule:

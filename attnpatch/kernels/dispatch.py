@@ -154,7 +154,7 @@ def _four_dimensions(
     if mask is None:
         return q, k, v, None
     full = (*batch, query.shape[-2], key.shape[-2])
-    if torch.broadcast_shapes(mask.shape, full) != torch.Size(full):
+    if mask.dim() > 4 or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(full), strict=False)):
         raise SpecError(f"attn_mask of shape {tuple(mask.shape)} does not broadcast to the scores' {full}")
     mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
     return q, k, v, mask.expand(*mask.shape[:-1], key.shape[-2])

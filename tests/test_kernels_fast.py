@@ -1,0 +1,270 @@
+"""The blocked form, FlexAttention and the choice between them, against loops and the plain form in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import fast_cases
+import models
+import numpy as np
+import oracles
+import pytest
+import torch
+
+from attnpatch.errors import SpecError
+from attnpatch.kernels import blocked, dispatch, score
+
+KERNELS = [pytest.param(k, id=f"{k[0]}{k[1]}") for k in fast_cases.KERNELS]
+SIZES = [(1, 1), (1, 70), (70, 1), (37, 53), (64, 64), (90, 33), (33, 90)]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a small test has several blocks and a remainder in both directions."""
+    monkeypatch.setattr(blocked, "BLOCK_QUERIES", 16)
+    monkeypatch.setattr(blocked, "BLOCK_KEYS", 32)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mask", fast_cases.MASKS)
+@pytest.mark.parametrize("size", SIZES)
+def test_blocked(seed: int, kernel: tuple[str, int], mask: str, size: tuple[int, int]) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        fast_cases.check_against_oracle("blocked", kernel, mask, size, 5, dtype)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("implementation", ["blocked", "flex"])
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "heads"])
+@torch.no_grad()
+def test_equals_the_loops(seed: int, implementation: str, kernel: tuple[str, int], mask: str) -> None:
+    query, key, value = fast_cases.make_inputs(19, 40, 16, torch.float32)
+    arguments = fast_cases.make_mask(mask, 19, 40)
+    seen = arguments.get("attn_mask", torch.ones(19, 40, dtype=torch.bool))
+    seen = (seen.tril() if "is_causal" in arguments else seen).expand(2, 3, 19, 40)
+    prior = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -np.inf)
+    weights = oracles.attention_weights(
+        query.double().numpy(), key.double().numpy(), prior.numpy(), 0.4, kernel=kernel[0], degree=kernel[1]
+    )
+    output = score.kernel_attention(
+        query, key, value, scale=0.4, kernel=kernel[0], degree=kernel[1], implementation=implementation, **arguments
+    )
+    np.testing.assert_allclose(output.numpy(), weights @ value.double().numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("magnitude", [0.0, 1e-22, 1e-13, 1e-6, 1e8, 1e19])
+def test_blocked_at_any_magnitude(seed: int, kernel: tuple[str, int], magnitude: float) -> None:
+    fast_cases.check_magnitudes("blocked", kernel, magnitude, (40, 70))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocked_ignores_hidden_keys(seed: int, kernel: tuple[str, int], dtype: torch.dtype) -> None:
+    fast_cases.check_hidden_keys("blocked", kernel, dtype, 70)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("p", [0.1, 0.6])
+def test_blocked_dropout(seed: int, kernel: tuple[str, int], p: float) -> None:
+    fast_cases.check_dropout("blocked", kernel, (40, 48), p)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_blocked_dropout_of_repaired_rows(seed: int, kernel: tuple[str, int]) -> None:
+    """Rows that the plain form computes lose the same weights forward and backward."""
+    query, key = torch.zeros(1, 1, 20, 8), torch.randn(1, 1, 70, 8)
+    query[:, :, ::2] = torch.randn(10, 8) * 1e-20
+    value = torch.eye(70)[None, None].requires_grad_()
+    arguments: dict[str, Any] = {"kernel": kernel[0], "degree": kernel[1]}
+    output = score.kernel_attention(query, key, value, None, 0.5, implementation="blocked", **arguments)
+    kept = output.detach() != 0
+    assert 0.4 < kept.double().mean() < 0.6
+    expected = (score.attention_weights(query, key, **arguments) * kept * 2.0) @ value
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-6)
+    grad = torch.randn_like(output)
+    found, wanted = (torch.autograd.grad(x, value, grad)[0] for x in (output, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mask", ["none", "causal", "bool"])
+def test_blocked_gradcheck(seed: int, kernel: tuple[str, int], mask: str) -> None:
+    leaves = [torch.randn(1, 2, n, 3, dtype=torch.float64).requires_grad_() for n in (18, 35, 35)]
+    arguments = fast_cases.make_mask(mask, 18, 35, heads=2)
+    if "attn_mask" in arguments:
+        arguments["attn_mask"] = arguments["attn_mask"][:1]
+
+    def run(*x: torch.Tensor) -> torch.Tensor:
+        return score.kernel_attention(*x, kernel=kernel[0], degree=kernel[1], implementation="blocked", **arguments)
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_blocked_strides_and_dimensions(seed: int, kernel: tuple[str, int]) -> None:
+    """Heads beside features in memory, broadcast keys, slices, and fewer than 4 dimensions."""
+    query = torch.randn(2, 40, 3, 6).transpose(1, 2).requires_grad_()
+    key = torch.randn(1, 1, 50, 12)[..., ::2].expand(2, 3, 50, 6).requires_grad_()
+    value = torch.randn(2, 50, 3, 9)[..., 2:].transpose(1, 2).requires_grad_()
+    arguments: dict[str, Any] = {"kernel": kernel[0], "degree": kernel[1]}
+    results = []
+    for name in ("plain", "blocked"):
+        output = score.kernel_attention(query, key, value, implementation=name, **arguments)
+        grad = torch.ones(2, 40, 3, 7).cumsum(-1).transpose(1, 2)
+        results.append((output, *torch.autograd.grad(output, (query, key, value), grad)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for index in (0, (0, 1)):
+        q, k, v = (x[index].detach() for x in (query, key, value))
+        mask = torch.rand(40, 50) < 0.5
+        output = score.kernel_attention(q, k, v, mask, implementation="blocked", **arguments)
+        torch.testing.assert_close(output, score.kernel_attention(q, k, v, mask, implementation="plain", **arguments))
+
+
+def test_memory_does_not_grow_with_the_square(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor that the blocked form makes is larger than its inputs or a block."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for x in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.untyped_storage().nbytes())
+            return result
+
+    monkeypatch.undo()
+    query, key, value = (torch.randn(1, 2, 3000, 16) for _ in range(3))
+    rule = blocked.Rule("expressive", 2, 1.0, True, 0.1, 3)
+    with Watch():
+        output, residual, sums = blocked.blocked_forward(query, key, value, None, rule, True)
+        blocked.blocked_backward(output, query, key, value, None, output, residual, sums, rule)
+    block = 4 * blocked.BLOCK_QUERIES * blocked.BLOCK_KEYS
+    assert largest <= max(block, query.untyped_storage().nbytes())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_blocked_compiles_whole(seed: int, kernel: tuple[str, int]) -> None:
+    torch._dynamo.reset()
+    inputs = fast_cases.make_inputs(40, 50, 8, torch.float32)
+    grad = torch.randn(2, 3, 40, 8)
+
+    def attend(query: Any, key: Any, value: Any, mask: Any) -> Any:
+        return score.kernel_attention(query, key, value, mask, kernel=kernel[0], degree=kernel[1])
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    mask = torch.rand(2, 1, 40, 50) < 0.5
+    with dispatch.use_implementation("blocked"):
+        results = []
+        for function in (attend, compiled):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            output = function(*leaves, mask)
+            results.append((output, *torch.autograd.grad(output, leaves, grad)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def spy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which implementations are called."""
+    called: list[str] = []
+
+    def record(name: str, function: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr(dispatch, "plain_attention", record("plain", dispatch.plain_attention))
+    monkeypatch.setattr(dispatch, "blocked_attention_op", record("blocked", dispatch.blocked_attention_op))
+    return called
+
+
+def test_the_choice(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = spy(monkeypatch)
+    small, large = torch.randn(1, 1, 8, 4), torch.randn(1, 1, 64, 4)
+    score.expressive_attention(small, small, small)
+    score.expressive_attention(large, large, large)
+    score.kernel_attention(large, large, large)  # softmax
+    score.elu_attention(large, large, large, torch.zeros(64, 64))
+    score.polynomial_attention(large, large, large, torch.ones(64, 64).bool())
+    assert called == ["plain", "blocked", "plain", "plain", "blocked"]
+    called.clear()
+    with dispatch.use_implementation("blocked"):
+        score.expressive_attention(small, small, small)
+        score.kernel_attention(small, small, small)
+        with dispatch.use_implementation("plain"):
+            score.expressive_attention(large, large, large)
+        score.expressive_attention(small, small, small)
+    score.expressive_attention(small, small, small)
+    assert called == ["blocked", "plain", "plain", "blocked", "plain"]
+
+
+def test_a_choice_that_cannot_serve() -> None:
+    x = torch.zeros(1, 1, 4, 3)
+    call = score.kernel_attention
+    refusals: list[tuple[str, dict[str, Any], str]] = [
+        ("blocked", {"attn_mask": torch.zeros(4, 4)}, "float32.*takes bool"),
+        ("blocked", {"dropout_p": 1.0}, "less than 1"),
+        ("blocked", {"kernel": "softmax"}, "no softmax"),
+        ("flex", {"dropout_p": 0.1}, "no dropout"),
+        ("bloked", {}, "'bloked'.*'blocked'"),
+    ]
+    if not torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
+        refusals.append(("triton", {}, "CUDA|not installed"))
+    for name, arguments, message in refusals:
+        with pytest.raises(SpecError, match=message):
+            call(x, x, x, **({"kernel": "expressive"} | arguments), implementation=name)
+    with pytest.raises(SpecError, match="no gradient"):
+        call(x.clone().requires_grad_(), x, x, kernel="elu", implementation="flex")
+    with pytest.raises(SpecError, match="'plane'"), dispatch.use_implementation("plane"):
+        pass
+    with pytest.raises(SpecError, match=r"\(3, 4\)"):
+        call(x, x, x, torch.ones(3, 4).bool(), kernel="elu", implementation="blocked")
+
+
+def test_the_environment_variable() -> None:
+    code = (
+        "import torch, attnpatch.functional as f; x = torch.zeros(1, 1, 2, 2)\n"
+        "try: print(f.expressive_attention(x, x, x, torch.zeros(2, 2)).shape)\n"
+        "except ValueError as e: print(e)"
+    )
+    for value, expected in (("blocked", "takes bool"), ("blokced", "ATTNPATCH_KERNEL"), ("", "torch.Size")):
+        environment = os.environ | {dispatch.VARIABLE: value}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert expected in run.stdout, run.stdout
+
+
+@pytest.mark.parametrize("spec", ["expressive", "polynomial", "elu"])
+@pytest.mark.parametrize("name", ["RobertaModel", "BertLMHeadModel"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_patched_models(seed: int, monkeypatch: pytest.MonkeyPatch, spec: str, name: str, padded: bool) -> None:
+    """A RoBERTa encoder and a causal BERT decoder: the blocked form is taken, and gives what the plain one does."""
+    family = "roberta" if name.startswith("Roberta") else "bert"
+    model = models.head(family, name, spec, max_position_embeddings=80)
+    batch = models.batch_of(model, 64, labels=False)
+    if not padded:
+        batch["attention_mask"][:] = 1
+    called = spy(monkeypatch)
+    results = []
+    for implementation in ("plain", "auto"):
+        called.clear()
+        with dispatch.use_implementation(implementation):
+            output = model(**batch)[0][batch["attention_mask"].bool()]
+        assert set(called) == {"plain" if implementation == "plain" else "blocked"}
+        model.zero_grad()
+        output.square().mean().backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((output.detach(), gradients))
+    (plain, plain_gradients), (fast, fast_gradients) = results
+    torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4)
+    for key, gradient in plain_gradients.items():
+        error = (fast_gradients[key] - gradient).norm() / gradient.norm().clamp(min=1e-4)
+        assert error < 1e-2, key

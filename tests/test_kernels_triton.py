@@ -1,0 +1,50 @@
+"""The Triton kernels: run by Triton's interpreter (in a process of its own), and compiled for a Hopper GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from attnpatch.kernels import triton_score as t
+
+for function in (t._forward.fn, t._key_gradients.fn, t._query_gradients.fn, t._row_delta):
+    values = dict(KERNEL=0, DEGREE=2, CAUSAL=False, HAS_MASK=True, DROPOUT=True, HEAD_DIM=80, BLOCK_D=128,
+                  PRECISION="tf32", BLOCK_M=64, BLOCK_N=64, RESIDUAL=True)
+    constants = {name: values[name] for name in function.arg_names if name in values}
+    kinds = {"Mask": "*u8", "Sums": "*fp32", "Scales": "*fp32", "Delta": "*fp32", "Inverse": "*fp32",
+             "scale": "fp32", "factor": "fp32", "seed": "i64", "threshold": "i64"}
+    signature = {
+        name: "constexpr" if name in constants else kinds.get(name, "*bf16" if name[0].isupper() else "i32")
+        for name in function.arg_names
+    }
+    built = triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32))
+    assert built.metadata.shared <= 227 * 1024, built.metadata.shared
+"""
+
+
+def test_in_the_interpreter() -> None:
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", here / "interpreted_triton.py"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+def test_compiles_for_a_gpu(tmp_path: Path) -> None:
+    """Without one: what the interpreter does not check is types, and that the blocks fit."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
