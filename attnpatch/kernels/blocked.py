@@ -337,7 +337,10 @@ def blocked_forward(
             chunk = _Chunk(rule, k[batch, heads], v[batch, heads], mask, work.dtype)
             rows = q[batch, heads].to(work.dtype)
             total = torch.zeros(rows.shape[:2], dtype=work.dtype)
-            summed = torch.zeros(*rows.shape[:2], value.shape[-1], dtype=work.dtype)
+            target = o[batch, heads]
+            # In place where nothing is rounded.
+            direct = target.dtype == work.dtype and target.is_contiguous()
+            summed = target.zero_() if direct else torch.zeros(target.shape, dtype=work.dtype)
             for start in range(0, rows.shape[1], BLOCK_QUERIES):
                 stop = min(start + BLOCK_QUERIES, rows.shape[1])
                 here, here_total, here_summed = rows[:, start:stop], total[:, start:stop], summed[:, start:stop]
@@ -354,9 +357,10 @@ def blocked_forward(
             summed.div_(total.unsqueeze(-1))
             if not ((total >= SMALLEST) & (total <= LARGEST)).all():
                 _repair(rule, work, chunk, number, rows, summed, total)
-            o[batch, heads] = summed
+            if not direct:
+                target.copy_(summed)
             if r is not None:
-                r[batch, heads] = summed.sub_(o[batch, heads])
+                r[batch, heads] = summed.sub_(target)
             n[batch, heads] = total
     return output, residual, sums
 
