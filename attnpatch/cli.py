@@ -324,7 +324,7 @@ def bench(
     if device not in ("cpu", "cuda"):
         raise SpecError(unknown("device", device, ("cpu", "cuda")))
     say = (lambda line: None) if as_json else (lambda line: _out().print(line, highlight=False, markup=False))
-    choose(names or ())
+    choose(names or (), device)
     settings = Settings(repeats, threads or available_cpus(), device, data, say)
     files = run(names or BENCHMARKS, settings, output)
     figures = draw(output, device)

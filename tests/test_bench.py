@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from attnpatch.cli import app
 from attnpatch.errors import SpecError
 
 
-def test_every_benchmark_has_parts_with_a_peer_named() -> None:
+def test_every_benchmark_has_parts() -> None:
     for name in bench.BENCHMARKS:
         assert bench.parts_of(name)
     assert ("toolkit", "convert") in bench.choose([])
@@ -59,8 +61,11 @@ def test_results_are_kept_by_part_and_drawn(tmp_path: Path, monkeypatch: pytest.
     def part(factor: float) -> Any:
         return lambda settings: {"peer": "p", "ratio": timing.summary([factor * n for n in range(1, settings.repeats)])}
 
+    fake = ModuleType("fake")
+    fake.__dict__.update(PARTS={"one": part(1.0), "two": part(2.0)}, CPU_PARTS=("one",))
     monkeypatch.setattr(bench, "BENCHMARKS", ("fake",))
-    monkeypatch.setattr(bench, "parts_of", lambda name: {"one": part(1.0), "two": part(2.0)})
+    monkeypatch.setitem(sys.modules, "attnpatch.bench.fake", fake)
+    assert bench.choose(["fake"], "cuda") == [("fake", "two")]
     settings = Settings(repeats=4, threads=torch.get_num_threads(), say=lambda line: None)
     bench.run(["fake"], settings, tmp_path)
     (path,) = bench.run(["fake.two"], Settings(repeats=6, threads=settings.threads, say=lambda line: None), tmp_path)
@@ -69,6 +74,7 @@ def test_results_are_kept_by_part_and_drawn(tmp_path: Path, monkeypatch: pytest.
     assert results["two"]["ratio"]["median"] == 6.0
     assert results["two"]["measured"]["repeats"] == 6
     assert dict(ratios(results))["one"]["max"] == 3.0
+    assert not list(ratios({"generation": {"seconds": timing.summary([1.0])}}))
     assert {p.suffix for p in draw(tmp_path, "cpu")} == {".png", ".svg"}
     assert draw(tmp_path, "cuda") == []
 

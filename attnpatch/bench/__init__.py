@@ -16,7 +16,7 @@ from typing import Any
 from attnpatch.bench.timing import BenchmarkError, Settings
 from attnpatch.errors import SpecError, unknown
 
-BENCHMARKS = ("toolkit", "alignment", "neural", "query_value", "value_aware", "training")
+BENCHMARKS = ("toolkit", "score", "alignment", "neural", "query_value", "value_aware", "training")
 """By what they measure; each is a module of this package."""
 
 
@@ -32,8 +32,9 @@ def parts_of(name: str) -> dict[str, Any]:
     return parts
 
 
-def choose(words: Iterable[str]) -> list[tuple[str, str]]:
-    """(benchmark, part) for words such as "alignment" (all of its parts) and "toolkit.convert"; all for none.
+def choose(words: Iterable[str], device: str = "cpu") -> list[tuple[str, str]]:
+    """(benchmark, part) for words such as "alignment" (all of its parts) and "toolkit.convert"; all for none. Parts
+    that have nothing to do with a GPU are left out on one, unless they are named.
 
     Raises:
         SpecError: an unknown benchmark or part; names the nearest.
@@ -44,7 +45,8 @@ def choose(words: Iterable[str]) -> list[tuple[str, str]]:
         parts = parts_of(name)
         if part and part not in parts:
             raise SpecError(unknown(f"part of {name}", part, parts))
-        chosen += [(name, p) for p in ([part] if part else parts)]
+        apart = importlib.import_module(f"attnpatch.bench.{name}").__dict__.get("CPU_PARTS", ())
+        chosen += [(name, p) for p in ([part] if part else parts) if part or device == "cpu" or p not in apart]
     return chosen
 
 
@@ -65,7 +67,7 @@ def run(words: Iterable[str], settings: Settings, out: Path) -> list[Path]:
     from attnpatch.atomic import write_json
     from attnpatch.environment import LIBRARIES, machine, versions
 
-    chosen = choose(words)
+    chosen = choose(words, settings.device)
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError("there is no CUDA device here: use --device cpu")
     torch.set_num_threads(settings.threads)

@@ -9,15 +9,13 @@ from typing import Any
 
 
 def ratios(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping[str, float]]]:
-    """Every summary (median, min, max) that stands under a key with "ratio" in it, with the names that lead there."""
+    """Every summary (median, min, max) under a key "ratio" or "time_ratio", with the names that lead there."""
     for key, value in tree.items():
         if not isinstance(value, Mapping):
             continue
         if "median" in value:
-            above = any("ratio" in part for part in (*path, key))
-            if above:
-                names = [part for part in (*path, key) if part not in ("ratio", "variants")]
-                yield ", ".join(names), value
+            if not {"ratio", "time_ratio"}.isdisjoint((*path, key)):
+                yield ", ".join(part for part in (*path, key) if part not in ("ratio", "time_ratio", "variants")), value
         else:
             yield from ratios(value, (*path, key))
 
@@ -57,6 +55,6 @@ def draw(folder: Path, device: str) -> list[Path]:
     axes.set_xscale("log")
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel("ratio to the peer (median, min to max)")
+    axes.set_xlabel("time over the peer's (median, min to max)")
     figure.tight_layout()
     return save(plain(axes).figure, folder / f"ratios-{device}")

@@ -197,4 +197,5 @@ def _label(spec: dict[str, Any]) -> str:
     return f"{spec['variant']}({options})"
 
 
+CPU_PARTS = ("import", "idle", "convert")
 PARTS = {"import": bench_import, "idle": bench_idle, "convert": bench_convert, "step": bench_step}

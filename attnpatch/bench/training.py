@@ -46,10 +46,10 @@ BEAMS, LONGEST = 5, 64
 class Sides:
     """Ours and the example's way of training and decoding, on the same pairs and the same model."""
 
-    def __init__(self, data: Path, folder: Path, splits: dict[str, str], threads: int) -> None:
+    def __init__(self, data: Path, folder: Path, splits: dict[str, str], threads: int, device: str) -> None:
         settings = folder / "settings.yaml"
         settings.write_text(SETTINGS, encoding="utf-8")
-        self.settings, self.folder, self.threads = settings, folder, threads
+        self.settings, self.folder, self.device = settings, folder, device
         self.words = [f"data.dir={data}", *(f"data.{k}={v}" for k, v in splits.items())]
         self.words += [
             f"training.threads={threads}",
@@ -58,7 +58,11 @@ class Sides:
             f"data.max_dev_pairs={SENTENCES}",
             f"output.dir={folder / 'run'}",
         ]
-        self.words += ["training.resume=never", "output.overwrite=true"]
+        self.words += [
+            f"training.device={'cpu' if device == 'cpu' else 'auto'}",
+            "training.resume=never",
+            "output.overwrite=true",
+        ]
         config = self.config()
         self.texts = {split: merge(load_split(config.data, split), split) for split in ("train", "test")}
 
@@ -75,12 +79,12 @@ class Sides:
             )
         )
 
-    def load(self, precision: str = "fp32", backend: str = "sdpa") -> tuple[Any, Any]:
+    def load(self) -> tuple[Any, Any]:
         """The model that the last run of ours saved, and its tokenizer, as the example loads them."""
         from transformers import AutoModelForSeq2SeqLM
 
         path = self.folder / "run" / "model"
-        model = AutoModelForSeq2SeqLM.from_pretrained(path, attn_implementation=backend)
+        model = AutoModelForSeq2SeqLM.from_pretrained(path, attn_implementation="sdpa")
         return model, load_tokenizer(path)
 
     def rows(self, split: str, tokenizer: Any) -> Any:
@@ -103,7 +107,7 @@ class Sides:
             learning_rate=1e-3,
             label_smoothing_factor=0.1,
             bf16=bf16,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=self.device == "cpu",
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
@@ -127,10 +131,10 @@ class Sides:
         seconds = time.perf_counter() - start
         return counted / seconds
 
-    def file_order(self, precision: str, sentences: int, backend: str = "sdpa") -> tuple[list[str], float]:
+    def file_order(self, precision: str, sentences: int) -> tuple[list[str], float]:
         """The test set's translations by `generate` in file order, and the seconds they took."""
-        model, tokenizer = self.load(backend=backend)
-        model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        model, tokenizer = self.load()
+        model = model.eval().to(self.device)
         sources = self.texts["test"].sources
         ids = encode(tokenizer, sources, 256)
         out: list[str] = []
@@ -181,11 +185,11 @@ def check(sides: Sides, steps: int) -> dict[str, Any]:
 
 
 def measure(sides: Sides, steps: int, repeats: int, trained: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Both sides in turn, `repeats` times; ratios of tokens and sentences a second, over each peer."""
+    """Both sides in turn, `repeats` times; rates, and the ratio of our time to each peer's."""
     checked = check(sides, trained)
     kept = sides.folder / "kept"
     (sides.folder / "run" / "model").rename(kept)
-    fast = "bf16" if use_bf16("auto", not torch.cuda.is_available()) else "fp32"
+    fast = "bf16" if use_bf16("auto", sides.device == "cpu") else "fp32"
     rates: dict[str, list[float]] = {"ours": [], "example, fp32": [], "example, bf16": []}
     for i in range(repeats):
         result = sides.ours(steps, "auto", generation__test="false")
@@ -222,7 +226,7 @@ def _ratios(rates: dict[str, list[float]]) -> dict[str, Any]:
     return {
         "per_second": {name: summary(values) for name, values in rates.items()},
         "ratio": {
-            name: summary([a / b for a, b in zip(rates["ours"], values, strict=True)])
+            name: summary([b / a for a, b in zip(rates["ours"], values, strict=True)])
             for name, values in rates.items()
             if name != "ours"
         },
@@ -249,7 +253,7 @@ def train_and_decode(settings: Settings) -> dict[str, Any]:
         else:
             data = settings.data
             splits = {"train": "train", "dev": "test_2016_flickr", "test": "[test_2016_flickr]"}
-        sides = Sides(data, folder, splits, settings.threads)
+        sides = Sides(data, folder, splits, settings.threads, settings.device)
         result = measure(sides, UPDATES, settings.repeats, TRAINED, settings.say)
     return {"data": "Multi30k" if settings.data else "synthetic grammar"} | result
 

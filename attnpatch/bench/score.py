@@ -1,8 +1,5 @@
 """What a score kernel costs over softmax: ratios against F.scaled_dot_product_attention in the same process.
 
-    python benchmarks/operator.py [--device cpu] [--dtypes float32] [--lengths 128,512,2048]
-        [--kernels expressive] [--implementations auto,plain] [--causal] [--threads 2] [--repeats 7] [--out FILE]
-
 Every output and gradient is checked against the plain form in float64 (on a short input of the same kind) before
 it is timed. The forms are timed in turn; the ratio is that of a turn, its median and spread (min to max) over the
 turns. With one thread, processor time is reported too, which other processes on the core do not add to. Memory is
@@ -11,16 +8,12 @@ the peak of one forward and backward pass over what was there before, in a fresh
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import re
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnpatch.bench.timing import BenchmarkError, Settings, summary
 from attnpatch.kernels import dispatch, score
 
+KERNELS = ("expressive", "polynomial", "elu")
+LENGTHS = (128, 512, 2048)
+HEAD_DIM = 64
 TOKENS = 16384
 """Tokens times heads of one call: long sequences come in smaller batches."""
 
@@ -78,7 +75,9 @@ def check(kernel: str, implementation: str, causal: bool, head_dim: int, device:
     # A causal row that sees one key has gradient 0 / z: float32 rounding shows in it.
     allowed = 1e-4 if dtype == torch.float32 else 2e-2
     if not error <= allowed:
-        raise SystemExit(f"{kernel} {implementation} {dtype}: relative error {error:.1e} > {allowed:.0e}; not timed")
+        raise BenchmarkError(
+            f"{kernel} {implementation} {dtype}: relative error {error:.1e} > {allowed:.0e}; not timed"
+        )
     return error
 
 
@@ -108,18 +107,16 @@ def compare(
                 passes(attend, tensors, grad)
             end_wall, end_cpu = clock(device)
             times[name].append(((end_wall - wall) / calls, (end_cpu - cpu) / calls))
-    result = {}
+    result: dict[str, Any] = {}
     for name, taken in times.items():
-        ratios = [a[0] / b[0] for a, b in zip(taken, times["sdpa"], strict=True)]
         result[name] = {
-            "milliseconds": 1e3 * statistics.median(t[0] for t in taken),
-            "ratio": statistics.median(ratios),
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
+            "milliseconds": 1e3 * summary([t[0] for t in taken])["median"],
+            "ratio": summary([a[0] / b[0] for a, b in zip(taken, times["sdpa"], strict=True)]),
         }
         if device == "cpu" and torch.get_num_threads() == 1:
-            cpu_ratios = [a[1] / b[1] for a, b in zip(taken, times["sdpa"], strict=True)]
-            result[name]["cpu_ratio"] = statistics.median(cpu_ratios)
+            result[name]["processor_time"] = {
+                "ratio": summary([a[1] / b[1] for a, b in zip(taken, times["sdpa"], strict=True)])
+            }
     return result
 
 
@@ -152,85 +149,65 @@ def peak(kernel: str, implementation: str, causal: bool, length: int, head_dim: 
 
 def peak_apart(*arguments: Any) -> int:
     """`peak` in a fresh process, so that nothing freed before is there to be used again."""
-    command = [sys.executable, __file__, "--peak", json.dumps([*arguments, torch.get_num_threads()])]
+    command = [sys.executable, "-m", __name__, json.dumps([*arguments, torch.get_num_threads()])]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--lengths", default="128,512,2048,4096")
-    parser.add_argument("--kernels", default="expressive,polynomial,elu")
-    parser.add_argument("--implementations", default="auto")
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--causal", action="store_true")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peak:
-        *arguments, threads = json.loads(options.peak)
-        torch.set_num_threads(threads)
-        print(peak(*arguments))
-        return
-    torch.set_num_threads(options.threads)
-    device, causal, head_dim = options.device, options.causal, options.head_dim
-    rows = []
-    for dtype_name in options.dtypes.split(","):
-        dtype = getattr(torch, dtype_name)
-        for kernel in options.kernels.split(","):
-            names = options.implementations.split(",")
-            errors = {name: check(kernel, name, causal, head_dim, device, dtype) for name in names}
-            for length in map(int, options.lengths.split(",")):
-                forms = {name: form(kernel, name, causal) for name in ["sdpa", *names]}
-                tensors = inputs(length, head_dim, device, dtype)
-                grad = torch.randn_like(tensors[0])
-                forward = compare(forms, tensors, None, device, options.repeats)
-                both = compare(forms, tensors, grad, device, options.repeats)
-                measure = peak if device == "cuda" else peak_apart
-                bytes_of = {n: measure(kernel, n, causal, length, head_dim, device, dtype_name) for n in forms}
-                given = 4 * grad.numel() * grad.element_size()  # query, key, value and the output's gradient
-                for name in names:
-                    memory = (bytes_of[name] + given) / (bytes_of["sdpa"] + given)
-                    row = {
-                        "kernel": kernel,
-                        "implementation": name,
-                        "dtype": dtype_name,
-                        "length": length,
-                        "shape": list(tensors[0].shape),
-                        "causal": causal,
-                        "relative error": errors[name],
-                        "forward": forward[name],
-                        "forward and backward": both[name],
-                        "sdpa forward ms": forward["sdpa"]["milliseconds"],
-                        "sdpa forward and backward ms": both["sdpa"]["milliseconds"],
-                        "peak bytes": bytes_of[name],
-                        "sdpa peak bytes": bytes_of["sdpa"],
-                        "memory ratio": memory,
-                    }
-                    rows.append(row)
-                    shown = "  ".join(
-                        f"{what} {r['ratio']:.2f} ({r['ratio_min']:.2f} to {r['ratio_max']:.2f}"
-                        + (f", processor time {r['cpu_ratio']:.2f})" if "cpu_ratio" in r else ")")
-                        for what, r in (("forward", forward[name]), ("both", both[name]))
-                    )
-                    print(f"{dtype_name} {kernel} {name} T={length}: {shown}  memory {memory:.2f}", flush=True)
-    record = {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "repeats": options.repeats,
-        "rows": rows,
+def operator(settings: Settings, causal: bool = False) -> dict[str, Any]:
+    device = settings.device
+    implementations = ("auto", "plain") if device == "cpu" else ("auto", "flex", "plain")
+    results: dict[str, Any] = {
+        "peer": "F.scaled_dot_product_attention, D = 64, 16,384 tokens times heads",
+        "causal": causal,
     }
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        aside = options.out.with_suffix(".tmp")
-        aside.write_text(json.dumps(record, indent=1) + "\n")
-        aside.replace(options.out)
+    for dtype_name in ("float32",) if device == "cpu" else ("bfloat16", "float32"):
+        dtype = getattr(torch, dtype_name)
+        for kernel in KERNELS:
+            # The plain form stands beside the headline kernel only: it shows what the fused forms gain.
+            names = implementations if kernel == "expressive" else ("auto",)
+            errors = {name: check(kernel, name, causal, HEAD_DIM, device, dtype) for name in names}
+            for length in LENGTHS:
+                row = _row(kernel, names, causal, length, dtype_name, settings)
+                for name in names:
+                    row[name]["relative_error"] = errors[name]
+                    shown = "  ".join(
+                        f"{what} {row[name][what]['ratio']['median']:.2f}" for what in ("forward", "both")
+                    )
+                    settings.say(
+                        f"{dtype_name} {kernel} ({name}) T = {length}: {shown}  memory {row[name]['memory']:.2f}"
+                    )
+                results[f"{kernel} {dtype_name}, T = {length}"] = row
+    return results
 
+
+def _row(
+    kernel: str, names: tuple[str, ...], causal: bool, length: int, dtype_name: str, settings: Settings
+) -> dict[str, Any]:
+    device, dtype = settings.device, getattr(torch, dtype_name)
+    forms = {name: form(kernel, name, causal) for name in ("sdpa", *names)}
+    tensors = inputs(length, HEAD_DIM, device, dtype)
+    grad = torch.randn_like(tensors[0])
+    forward = compare(forms, tensors, None, device, settings.repeats)
+    both = compare(forms, tensors, grad, device, settings.repeats)
+    measure = peak if device == "cuda" else peak_apart
+    taken = {name: measure(kernel, name, causal, length, HEAD_DIM, device, dtype_name) for name in forms}
+    given = 4 * grad.numel() * grad.element_size()  # query, key, value and the output's gradient
+    row: dict[str, Any] = {"shape": list(tensors[0].shape)}
+    for name in forms:
+        timed = {"forward": forward[name], "both": both[name]}
+        if name == "sdpa":
+            timed = {what: {"milliseconds": found["milliseconds"]} for what, found in timed.items()}
+        row[name] = {
+            **timed,
+            "peak_bytes": taken[name],
+            "memory": (taken[name] + given) / (taken["sdpa"] + given),
+        }
+    return row
+
+
+PARTS = {"operator": operator, "causal": lambda settings: operator(settings, causal=True)}
 
 if __name__ == "__main__":
-    main()
+    *arguments, threads = json.loads(sys.argv[1])
+    torch.set_num_threads(threads)
+    print(peak(*arguments))
