@@ -242,3 +242,17 @@ def test_translations_come_back_in_order(tmp_path: Path) -> None:
         expected.append([token for token in ids if token != VOCAB - 1])
     for budget in (20, 1000):
         assert trainer.translate(data, budget, num_beams=2, max_length=12) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "backend"), [(None, "eager"), ("neural", "eager"), ("expressive", None), ("neural+elu", None)]
+)
+def test_backend_on_a_cpu(spec: str | None, backend: str | None) -> None:
+    from types import SimpleNamespace
+
+    from attnpatch.training.modeling import attention_backend
+
+    training = SimpleNamespace(attention="auto", device="cpu")
+    assert attention_backend(SimpleNamespace(spec=spec, training=training)) == backend
+    training.attention = "sdpa"
+    assert attention_backend(SimpleNamespace(spec=spec, training=training)) == "sdpa"

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from attnpatch.errors import CheckpointError, one_line, unknown
+from attnpatch.registry import get_variant
+from attnpatch.spec import AttentionSpec
 from attnpatch.training.config import MarianTrainingConfig
 from attnpatch.training.errors import ConfigError, TrainingError
 
@@ -26,11 +28,18 @@ def attention_backend(config: Any) -> str | None:
     """transformers' name of the backend for stock attention; None: transformers' own choice.
 
     `auto` takes eager on a CPU, where the backward of the fused kernel is nearly half of a step over short sentences
-    (docs/training.md has the numbers), and transformers' choice elsewhere.
+    (docs/training.md has the numbers), and transformers' choice elsewhere. So it does for another score than softmax:
+    eager has to give the weights, and they would keep the fused score kernels out.
     """
     if config.training.attention != "auto":
         return config.training.attention
-    return "eager" if config.training.device == "cpu" or not torch.cuda.is_available() else None
+    on_cpu = config.training.device == "cpu" or not torch.cuda.is_available()
+    return "eager" if on_cpu and "score" not in _stages(config.spec) else None
+
+
+def _stages(spec: Any) -> set[str]:
+    """The stages that a spec replaces somewhere."""
+    return {get_variant(name).stage for rule in AttentionSpec.parse(spec).rules for name in rule.variants}
 
 
 def attention_arguments(config: Any) -> dict[str, Any]:
