@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains a masked language model (RoBERTa or BERT, stock or patched attention) or its decoder twin; perplexity.
 
-    accelerate launch scripts/train_mlm.py configs/wikitext-cpu.yaml data.dir=PATH [spec=neural] [key=value ...]
+    accelerate launch scripts/train_mlm.py configs/wikitext-cpu.yaml data.dir=PATH [key=value ...]
 
 The keys are those of the config file, with dots: training.max_steps=50. `--debug` shows tracebacks.
 Exit code: 0; 2 after an error; 75 when training.stop_after_minutes ended it with a checkpoint (the same command goes

@@ -16,7 +16,7 @@ from attnpatch.experiments.records import Metric, ReportError, find_results, gro
 from attnpatch.experiments.report import write_report
 from attnpatch.experiments.statistics import compare, summary
 
-MULTI30K = Path(__file__).resolve().parents[1] / "results" / "multi30k" / "stock-seed1.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def result(spec: Any = "stock", seed: int = 1, value: float = 20.0, **changes: Any) -> dict[str, Any]:
@@ -204,11 +204,26 @@ def test_folders_are_searched_but_not_inside_a_run(tmp_path: Path) -> None:
 
 
 def test_a_real_file_of_train_marian(tmp_path: Path) -> None:
-    document = write_report([MULTI30K], tmp_path)
-    rows = document["experiments"]["translation"]["metrics"]["test_2016_flickr: BLEU"]["rows"]
-    assert rows[0]["mean"] == pytest.approx(38.5346)
-    assert rows[0]["parameters"] == 4977664
-    assert rows[0]["against"] is None
+    document = write_report([RESULTS / "multi30k-float32"], tmp_path)
+    (row,) = document["experiments"]["translation"]["metrics"]["test_2016_flickr: BLEU"]["rows"]
+    assert row["mean"] == pytest.approx(38.5179)
+    assert row["parameters"] == 4977664
+    assert row["against"] is None
+
+
+def test_the_repositorys_own_runs(tmp_path: Path) -> None:
+    document = write_report([RESULTS / "multi30k"], tmp_path)
+    translation = document["experiments"]["translation"]
+    assert [Path(run["path"]).parent.name for run in translation["runs"]] == sorted(
+        f"{run['variant']}-seed1" for run in translation["runs"]
+    )
+    rows = {row["variant"]: row for row in translation["metrics"]["test_2016_flickr: BLEU"]["rows"]}
+    stock = rows["stock"]
+    assert stock["mean"] == pytest.approx(38.5346)
+    assert len(rows) >= 4
+    for name, row in rows.items():
+        if name != "stock":
+            assert row["against"]["mean"] == pytest.approx(row["mean"] - stock["mean"])
 
 
 def test_a_grid_of_sequences(tmp_path: Path) -> None:

@@ -87,6 +87,22 @@ def test_shipped_configs_load(name: str) -> None:
     assert not Path(config.data.dir).is_absolute()
 
 
+def test_one_variable_names_the_folder_of_all_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnpatch.experiments.value_aware_config import ValueAwareConfig
+    from attnpatch.training.mlm_config import MLMTrainingConfig
+
+    monkeypatch.setenv("ATTNPATCH_DATA", "/there")
+    path = CONFIGS / "multi30k-cpu.yaml"
+    assert load_config(MarianTrainingConfig, path).data.dir == "/there/multi30k"
+    assert load_config(MarianTrainingConfig, path, ["data.dir=/here/multi30k"]).data.dir == "/here/multi30k"
+    assert load_config(MarianTrainingConfig, CONFIGS / "ted-cpu.yaml").data.dir == "/there"
+    for name in ("wikitext-cpu", "wikitext-gpu"):
+        assert load_config(MLMTrainingConfig, CONFIGS / f"{name}.yaml").data.dir == "/there"
+    assert load_config(ValueAwareConfig, CONFIGS / "value-aware.yaml", ["models=[a]"]).data.dir == "/there"
+    monkeypatch.delenv("ATTNPATCH_DATA")
+    assert load_config(MarianTrainingConfig, path).data.dir == "data/multi30k"
+
+
 def test_paper_settings() -> None:
     config = load_config(MarianTrainingConfig, CONFIGS / "iwslt17-paper.yaml")
     training = config.training
