@@ -226,6 +226,16 @@ def test_the_repositorys_own_runs(tmp_path: Path) -> None:
             assert row["against"]["mean"] == pytest.approx(row["mean"] - stock["mean"])
 
 
+def test_other_processors_are_noted(tmp_path: Path) -> None:
+    gpus = {"cpu": "a CPU", "gpus": ["NVIDIA H200", "NVIDIA H200"]}
+    runs = result(), result("neural", machine=gpus), result("elu", machine={"cpu": "a CPU", "gpus": []})
+    about = write_report(put(tmp_path, *runs), tmp_path / "out")["experiments"]["mlm"]
+    assert about["notes"] == ["The runs differ in processor: NVIDIA H200, NVIDIA H200; a CPU."]
+    assert "differ in processor" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    same = write_report(put(tmp_path, runs[0], result("neural")), tmp_path / "out")["experiments"]["mlm"]
+    assert same["notes"] == []
+
+
 def test_a_grid_of_sequences(tmp_path: Path) -> None:
     def cell(spec: Any, seed: int, name: str, accuracy: float) -> dict[str, Any]:
         return {

@@ -100,6 +100,18 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 # ---- text, tokenizer, blocks ----
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_made_again(data: Path, tokenizer: Any, name: str, tmp_path: Path) -> None:
+    lines = load_text(TextConfig(dir=str(data)), "train")[0].lines
+    folder = tmp_path / "tokenizer"
+    build_byte_level(ByteLevelConfig(vocab_size=290), lines, folder, 16)
+    (folder / name).write_bytes((folder / name).read_bytes()[:40])
+    with pytest.raises(TrainingError, match="no usable tokenizer"):
+        load_fast_tokenizer(str(folder))
+    again = build_byte_level(ByteLevelConfig(vocab_size=290), lines, folder, 16)
+    assert again(lines[:20])["input_ids"] == tokenizer(lines[:20])["input_ids"]
+
+
 def test_byte_level_tokenizer_is_robertas(data: Path, tokenizer: Any, tmp_path: Path) -> None:
     from transformers import RobertaTokenizerFast
 

@@ -180,6 +180,13 @@ def test_grid_and_its_extension(tmp_path: Path) -> None:
         run(configured(tmp_path, *more, "training.learning_rate=0.5"))
 
 
+def test_results_say_the_precision_that_was_used(tmp_path: Path) -> None:
+    from attnpatch.environment import cpu_has_bf16
+
+    used = run(configured(tmp_path, "training.precision=auto"))["precision"]
+    assert used == ("bf16 autocast" if cpu_has_bf16() else "fp32")
+
+
 @pytest.mark.parametrize("how", ["paused", "stopped"])
 def test_resume_is_exact(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from attnpatch.training.run_trainer import RunTrainer

@@ -73,6 +73,19 @@ def test_fast_encoder_equals_the_tokenizer(built: tuple[Any, Path, list, list]) 
             assert encode(tokenizer, texts, length, target=target) == expected
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "source.spm", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_made_again(name: str, tmp_path: Path) -> None:
+    sources, targets = corpus(random.randrange(10**6))
+    folder = tmp_path / "tokenizer"
+    whole = build_tokenizer(TokenizerConfig(vocab_size=120), sources, targets, LANGUAGES, folder)
+    ids = whole(sources)["input_ids"]
+    (folder / name).write_bytes((folder / name).read_bytes()[:40])
+    with pytest.raises(TrainingError, match="no usable tokenizer"):
+        load_tokenizer(folder)
+    again = build_tokenizer(TokenizerConfig(vocab_size=120), sources, targets, LANGUAGES, folder)
+    assert again(sources)["input_ids"] == ids
+
+
 def test_cache_by_checksum(tmp_path: Path) -> None:
     sources, targets = corpus(3)
     settings = TokenizerConfig(vocab_size=120)

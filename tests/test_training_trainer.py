@@ -256,3 +256,17 @@ def test_backend_on_a_cpu(spec: str | None, backend: str | None) -> None:
     assert attention_backend(SimpleNamespace(spec=spec, training=training)) == backend
     training.attention = "sdpa"
     assert attention_backend(SimpleNamespace(spec=spec, training=training)) == "sdpa"
+
+
+def test_the_line_of_an_evaluation_has_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    from types import SimpleNamespace
+
+    from attnpatch.training.callbacks import LineCallback
+
+    state = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=9, epoch=0.5)
+    LineCallback().on_log(None, state, None, logs={"eval_loss": 1.25, "eval_accuracy": 0.75, "epoch": 0.5})
+    LineCallback().on_log(None, state, None, logs={"eval_loss": 2.0, "eval_perplexity": 7.38906, "eval_bleu": 31.4})
+    assert capsys.readouterr().out.splitlines() == [
+        "step 3/9 epoch 0.50  dev loss 1.25  accuracy 0.75",
+        "step 3/9 epoch 0.50  dev loss 2  perplexity 7.3891  bleu 31.4",
+    ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attnpatch.errors import AttnpatchError
+from attnpatch.errors import AttnpatchError, one_line
 from attnpatch.spec import AttentionSpec
 
 HIGHER = ("accuracy", "bleu", "chrf", "f1", "matthews", "mcc", "pearson", "spearman")
@@ -120,7 +120,7 @@ def _read(path: Path) -> list[Run]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ReportError(f"not valid JSON ({' '.join(str(error).split())})") from error
+        raise ReportError(f"not valid JSON ({one_line(error)})") from error
     if not isinstance(data, dict):
         raise ReportError(f"a {type(data).__name__}, where an object belongs")
     if "experiment" not in data:
@@ -132,7 +132,7 @@ def _read(path: Path) -> list[Run]:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, AttnpatchError):
             raise ReportError(str(error)) from error
-        what = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        what = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise ReportError(f"not as results of {data['experiment']!r} are ({what})") from error
     for run in runs:
         if not run.scores:
@@ -285,7 +285,7 @@ def _environment(data: Mapping[str, Any]) -> dict[str, str]:
     about = data.get("machine", {})
     versions = data.get("versions", {})
     return {
-        "processor": str(about.get("gpu") or about.get("cpu") or "unknown"),
+        "processor": ", ".join(about.get("gpus") or ()) or str(about.get("cpu") or "unknown"),
         "precision": str(data.get("precision", "unknown")),
         "torch": str(versions.get("torch", "unknown")),
         "transformers": str(versions.get("transformers", "unknown")),

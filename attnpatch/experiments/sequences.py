@@ -225,7 +225,10 @@ def _job(config: SequencesConfig, seed: int, cell: Cell, spec: AttentionSpec, do
     trained = run_training(trainer, checkpoint, quiet)
     final_weights(own.training, trainer, folder, trained, quiet)
     described = describe_run("sequences", own, trainer, count_parameters(model), [], started)
-    record = {key: described[key] for key in ("seed", "parameters", "steps", "train", "dev", "resumed_at", "seconds")}
+    record = {
+        key: described[key]
+        for key in ("seed", "parameters", "steps", "train", "dev", "resumed_at", "seconds", "precision")
+    }
     record |= {
         "spec": spec.to_dict() if spec else "stock",
         "bases": list(cell.bases),
@@ -320,12 +323,14 @@ def _checksum(sets: dict[str, dict[str, torch.Tensor]]) -> str:
 
 def _describe(config: SequencesConfig, specs: Sequence[AttentionSpec], records: list[dict[str, Any]]) -> dict[str, Any]:
     tests = {record["cell"]: record["eval_sha256"] for record in records}
+    # What each cell computed in; one that another version left does not say.
+    used = {record.get("precision", config.training.precision) for record in records}
     return {
         "experiment": "sequences",
         "specs": [str(spec) for spec in specs],
         "seeds": config.seeds,
         "cells": records,
-        "precision": config.training.precision,
+        "precision": ", ".join(sorted(used)),
         "versions": versions(),
         "machine": machine(),
         "data": {

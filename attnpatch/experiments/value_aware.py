@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 import attnpatch
 from attnpatch.environment import available_cpus, machine, versions
-from attnpatch.errors import AttnpatchError, CheckpointError
+from attnpatch.errors import AttnpatchError, CheckpointError, one_line
 from attnpatch.experiments import figures
 from attnpatch.experiments.value_aware_config import EXACT, ValueAwareConfig
 from attnpatch.functional import top_r_weights, value_aware_weights
@@ -142,7 +142,7 @@ def _load(config: ValueAwareConfig, name: str) -> tuple[Any, Any]:
     except OSError as error:
         if isinstance(error, AttnpatchError):
             raise
-        raise CheckpointError(f"cannot load the model {name}: {' '.join(str(error).split())[:300]}") from error
+        raise CheckpointError(f"cannot load the model {name}: {one_line(error, 300)}") from error
     if config.device == "auto" and torch.cuda.is_available():
         model = model.cuda()
     return model, load_fast_tokenizer(name)
@@ -180,8 +180,7 @@ def _evaluate(config: ValueAwareConfig, name: str, kernel: str, model: Any, data
     width = heads.pop()
     numbers = sorted({width + 1 if r == EXACT else int(r) for r in config.r})
     choices = [(method, r) for method in config.methods for r in numbers]
-    extra: dict[str, Any] = {} if chosen == trained else {chosen: {}}
-    with _with_kernel(model, extra):
+    with nullcontext() if chosen == trained else attnpatch.patched(model, chosen):
         exact, errors = _exact(config, model, data, choices)
         rows = []
         for method, r in choices:
@@ -220,15 +219,6 @@ def _stages(model: Any) -> tuple[str, str | None]:
     """The kernel of a model, and its select variant if it has one."""
     found = {stage: name for stages in attnpatch.patched_modules(model).values() for stage, name in stages.items()}
     return found.get("score", "softmax"), found.get("select")
-
-
-@contextmanager
-def _with_kernel(model: Any, spec: dict[str, Any]) -> Iterator[None]:
-    if not spec or "softmax" in spec:
-        yield
-        return
-    with attnpatch.patched(model, spec):
-        yield
 
 
 def _exact(

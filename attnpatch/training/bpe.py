@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from attnpatch.atomic import write_json, writing_aside
-from attnpatch.errors import CheckpointError
 from attnpatch.training.errors import ConfigError, TrainingError
 from attnpatch.training.files import read_json, sha256_lines
 from attnpatch.training.mlm_config import ByteLevelConfig
@@ -53,7 +52,7 @@ def build_byte_level(config: ByteLevelConfig, lines: Sequence[str], folder: str 
     try:
         if read_json(folder / CACHE_FILE) == key:
             return load_fast_tokenizer(str(folder))
-    except (CheckpointError, OSError, json.JSONDecodeError):
+    except (TrainingError, OSError, json.JSONDecodeError):  # none, or damaged
         pass
     with writing_aside(folder) as aside:
         _train(config, lines, block_size).save_pretrained(str(aside))

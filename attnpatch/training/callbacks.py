@@ -87,7 +87,5 @@ class LineCallback(TrainerAware):
             unit = "tokens" if self.trainer is None else self.trainer.progress_unit
             print(f"{line}  {self._speed():,.0f} {unit}/s", flush=True)
         elif "eval_loss" in logs:
-            line = f"{at}  dev loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.2f}"
-            if "eval_bleu" in logs:
-                line += f"  dev BLEU {logs['eval_bleu']:.2f}"
-            print(line, flush=True)
+            scores = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+            print(f"{at}  dev " + "  ".join(f"{name} {value:.5g}" for name, value in scores.items()), flush=True)

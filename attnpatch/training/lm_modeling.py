@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attnpatch.errors import CheckpointError, unknown
+from attnpatch.errors import CheckpointError, one_line, unknown
 from attnpatch.training.errors import ConfigError, TrainingError
 from attnpatch.training.mlm_config import MLMTrainingConfig
 from attnpatch.training.modeling import attention_arguments, attention_backend, patched_config
@@ -108,5 +108,5 @@ def _from_checkpoint(config: MLMTrainingConfig) -> Any:
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise CheckpointError(f"cannot load the model {path}: {reason}") from error

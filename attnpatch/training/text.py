@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from attnpatch.errors import nearest
+from attnpatch.errors import nearest, one_line
 from attnpatch.training.errors import DataError
 from attnpatch.training.files import sha256_file, sha256_lines
 from attnpatch.training.formats import read_lines
@@ -146,7 +146,7 @@ def _load_hub(config: TextConfig, split: str, limit: int | None) -> LineText:
         data = datasets.load_dataset(hub_id, **kwargs)
         first = next(iter(data), None)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error, 300)
         raise DataError(
             f"cannot read the split {split!r} of the data set {hub_id} ({config.hub_config or 'default'}): {reason}; "
             "without a network, use a local copy: data.hub_id=null with data.dir, data.train, data.dev and data.test"

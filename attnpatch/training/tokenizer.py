@@ -21,7 +21,7 @@ EOS, UNK, PAD = "</s>", "<unk>", "<pad>"
 
 
 def load_tokenizer(path: str | Path, **kwargs: Any) -> Any:
-    """A tokenizer from a folder or the hub. Raises TrainingError when there is none."""
+    """A tokenizer from a folder or the hub. Raises TrainingError when there is none, or a damaged one."""
     from transformers import AutoTokenizer
 
     with warnings.catch_warnings():
@@ -29,7 +29,7 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> Any:
         warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
         try:
             return AutoTokenizer.from_pretrained(str(path), **kwargs)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged file: RuntimeError of SentencePiece, a bare Exception of tokenizers
             raise TrainingError(f"no usable tokenizer at {path}: {one_line(error, 300)}") from error
 
 
@@ -55,7 +55,7 @@ def build_tokenizer(
     try:
         if read_json(folder / CACHE_FILE) == key:
             return load_tokenizer(folder)
-    except (OSError, json.JSONDecodeError):
+    except (TrainingError, OSError, json.JSONDecodeError):  # none, or damaged
         pass
     with writing_aside(folder) as aside:
         _train(config, sources, targets, aside, languages, model_max_length)
