@@ -7,7 +7,6 @@ Everything heavy is imported by the command that needs it, so that --help is qui
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 import signal
@@ -54,20 +53,11 @@ def _globals(
         from transformers.utils import logging as hf_logging
 
         hf_logging.set_verbosity_debug()
-    for name in plugin or ():
-        _import_plugin(name)
+    if plugin:
+        from attnpatch.registry import import_plugin
 
-
-def _import_plugin(name: str) -> None:
-    from attnpatch.errors import SpecError
-
-    sys.path.insert(0, os.getcwd())
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        raise SpecError(f"plugin {name!r} cannot be imported: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
+        for name in plugin:
+            import_plugin(name)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------
@@ -289,7 +279,9 @@ def report(
 ) -> None:
     """Compare training runs: means over seeds, paired tests against stock, figures."""
     from attnpatch.experiments.report import write_report
+    from attnpatch.training.extra import REPORT, require
 
+    require(REPORT)
     found = write_report(results, output)
     if as_json:
         _print_json(found)

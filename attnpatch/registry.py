@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, TypeVar
 
 from attnpatch.errors import SpecError, UnsupportedModelError, unknown
@@ -79,6 +81,22 @@ def get_variant(name: str) -> Variant:
     if name not in known:
         raise SpecError(unknown("variant", name, known))
     return known[name]
+
+
+def import_plugin(name: str) -> None:
+    """Import the module `name`, which registers families or variants, from the working directory or as installed.
+
+    Raises:
+        SpecError: it cannot be imported.
+    """
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise SpecError(f"plugin {name!r} cannot be imported: {error}") from error
+    finally:
+        sys.path.remove(here)
 
 
 def family_for_model_type(model_type: str) -> Family:

@@ -10,27 +10,16 @@ Exit code: 0; 1 when a conversion changed what it must not change; 2 after an er
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if importlib.util.find_spec("attnpatch") is None:  # a checkout that is not installed
-    sys.path.insert(0, str(ROOT))
+from _start import start
 
-
-def run() -> int:
-    """Sets what transformers reads when it is imported, and runs the demo."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here comes from a hub
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        from attnpatch.training.demo_cli import main
-    except ImportError as error:  # torch or transformers is missing or unsupported
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return main(sys.argv[1:], ROOT / "configs" / "demo-cpu.yaml", __doc__)
-
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo-cpu.yaml"
 
 if __name__ == "__main__":
-    sys.exit(run())
+    # transformers reads these when it is imported.
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here comes from a hub
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.exit(start("attnpatch.training.demo_cli", sys.argv[1:], CONFIG, __doc__))

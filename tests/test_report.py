@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,17 @@ def test_a_grid_of_sequences(tmp_path: Path) -> None:
     row = document["experiments"]["sequences"]["metrics"]["mean of the grid: accuracy"]["rows"][1]
     assert row["against"]["mean"] == pytest.approx(((0.9 - 0.5) + (0.75 - 0.6)) / 2)
     assert row["against"]["better"] == 2
+
+
+def test_a_missing_package_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    put(tmp_path / "runs", result())
+    assert main(["report", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error == "attnpatch: not installed: matplotlib; pip install 'attnpatch[train]' brings what it needs\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -369,11 +369,52 @@ def test_a_missing_package_is_named_with_its_remedy(data: Path, tmp_path: Path, 
     assert not (tmp_path / "run").exists()
 
 
+PLUGIN = """
+from attnpatch import register_variant
+from attnpatch.methods.base import StageVariant
+from attnpatch.stages.score import SoftmaxScore
+
+@register_variant
+class Mine(StageVariant):
+    name, stage, summary, paper = "mine", "score", "softmax again", "none"
+
+    def build(self, options, site):
+        return type("MineScore", (SoftmaxScore,), {})()
+"""
+
+
+@pytest.mark.parametrize("way", [["--plugin", "my_scores"], ["--plugin=my_scores"]])
+def test_a_plugins_variant_is_trained(
+    data: Path, tmp_path: Path, way: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnpatch import registry
+
+    (tmp_path / "my_scores.py").write_text(PLUGIN)
+    monkeypatch.chdir(tmp_path)
+    registry.variants()
+    monkeypatch.setattr(registry, "_variants", dict(registry._variants))
+    words = settings(data, tmp_path / "run", "spec=mine", "training.max_steps=1", "output.quiet=true")
+    assert main(words) == 2
+    assert "unknown variant 'mine'" in capsys.readouterr().err
+    try:
+        assert main([*way, *words]) == 0
+    finally:
+        sys.modules.pop("my_scores", None)
+    assert "mine" in json.dumps(json.loads((tmp_path / "run" / "results.json").read_text())["spec"])
+    for wrong, expected in (
+        (["--plugin", "my_score"], "plugin 'my_score' cannot be imported"),
+        (["--plugin"], "needs"),
+    ):
+        assert main([*words, *wrong]) == 2
+        assert expected in capsys.readouterr().err
+
+
 def test_an_unsupported_transformers_is_one_sentence(tmp_path: Path) -> None:
     fake = "real = metadata.version; metadata.version = lambda n: '4.40.0' if n == 'transformers' else real(n)"
     (tmp_path / "sitecustomize.py").write_text(f"from importlib import metadata; {fake}")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(SCRIPT.parents[1])))}
-    for script in (SCRIPT, SCRIPT.with_name("demo.py")):
+    scripts = ("train_marian", "train_mlm", "train_sequences", "eval_value_aware", "demo")
+    for script in (SCRIPT.with_name(f"{name}.py") for name in scripts):
         command = [sys.executable, str(script), "output.dir=x"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
         assert done.returncode == 2

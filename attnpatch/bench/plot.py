@@ -27,7 +27,7 @@ def draw(folder: Path, device: str) -> list[Path]:
         BenchmarkError: a file is no JSON.
     """
     from attnpatch.bench.timing import BenchmarkError
-    from attnpatch.experiments.figures import plain, pyplot, save
+    from attnpatch.figures import plain, pyplot, save
 
     groups: dict[str, list[tuple[str, Mapping[str, float]]]] = {}
     for path in sorted(folder.glob(f"*-{device}.json")):

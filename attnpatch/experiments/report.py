@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from attnpatch import figures
 from attnpatch.atomic import write_json, write_text
-from attnpatch.experiments import figures
 from attnpatch.experiments.records import STOCK, Metric, Run, find_results, group, load_runs, metrics_of
 from attnpatch.experiments.statistics import TEST, Comparison, compare, summary
 

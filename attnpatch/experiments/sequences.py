@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from attnpatch import figures
 from attnpatch.atomic import write_json
 from attnpatch.auxiliary import has_loss_hooks
 from attnpatch.environment import machine, versions
 from attnpatch.errors import unknown
-from attnpatch.experiments import figures
 from attnpatch.experiments.sequence_tasks import Cell, batch_of, ceiling, label, nt_sequences, scored_labels
 from attnpatch.experiments.sequences_config import SequencesConfig
 from attnpatch.spec import AttentionSpec

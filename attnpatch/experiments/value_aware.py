@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import attnpatch
+from attnpatch import figures
 from attnpatch.environment import available_cpus, machine, versions
 from attnpatch.errors import AttnpatchError, CheckpointError, one_line
-from attnpatch.experiments import figures
 from attnpatch.experiments.value_aware_config import EXACT, ValueAwareConfig
 from attnpatch.functional import top_r_weights, value_aware_weights
 from attnpatch.pipeline import AttentionPipeline, pipeline_of

@@ -24,19 +24,26 @@ def main(
 
     Returns 0; 2 after an error, said in one sentence; 75 when it paused at its time limit; 130 after Ctrl-C.
     """
-    words = [word for word in argv if word != "--debug"]
-    debug = len(words) != len(argv)
+    debug = "--debug" in argv
+    words, plugins = _take_plugins([word for word in argv if word != "--debug"])
     if "-h" in words or "--help" in words or not words:
         print((usage or __doc__ or "").strip())
         return 0 if words else FAILED
     try:
+        from attnpatch.registry import import_plugin
         from attnpatch.training.config import load_config
         from attnpatch.training.errors import ConfigError, RunPaused
         from attnpatch.training.extra import TRAINING, require
 
         options = [word for word in words if word.startswith("-")]
         if options:
-            raise ConfigError(f"unknown option {options[0]}; options: --debug, --help; settings are key=value")
+            raise ConfigError(
+                f"unknown option {options[0]}; options: --plugin MODULE, --debug, --help; settings are key=value"
+            )
+        for name in plugins:
+            if not name:
+                raise ConfigError("--plugin needs the name of a module: --plugin my_variants")
+            import_plugin(name)
         path = None if "=" in words[0] else words[0]
         overrides = words if path is None else words[1:]
         config = load_config(_named(config_class), path, overrides)
@@ -56,6 +63,20 @@ def main(
             raise
         return _failed(error, debug)
     return 0
+
+
+def _take_plugins(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The other words, and the modules of `--plugin MODULE` and `--plugin=MODULE`; "" where none is named."""
+    words, plugins = [], []
+    rest = iter(argv)
+    for word in rest:
+        if word == "--plugin":
+            plugins.append(next(rest, ""))
+        elif word.startswith("--plugin="):
+            plugins.append(word.removeprefix("--plugin="))
+        else:
+            words.append(word)
+    return words, plugins
 
 
 def _named(where: str) -> Any:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from attnpatch import figures
 from attnpatch.atomic import write_json, write_text
-from attnpatch.experiments import figures
 
 if TYPE_CHECKING:
     from attnpatch.training.demo import DemoResult, Row

@@ -9,6 +9,7 @@ from attnpatch.training.errors import TrainingError
 
 TRAINING = ("accelerate", "datasets", "evaluate", "sacrebleu", "sentencepiece")
 DEMO = (*TRAINING, "matplotlib")
+REPORT = ("matplotlib", "scipy")
 
 
 def require(packages: Sequence[str]) -> None:
