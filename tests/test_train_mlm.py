@@ -290,7 +290,8 @@ def test_end_to_end(data: Path, tmp_path: Path, family: str, objective: str, spe
     assert results == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert results["experiment"] == ("mlm" if objective == "masked" else "clm")
     steps = results["steps"]
-    assert [entry["step"] for entry in results["dev"]] == list(range(3, steps + 1, 3))
+    # Some versions of transformers also evaluate at the last step.
+    assert [entry["step"] for entry in results["dev"] if entry["step"] < steps] == list(range(3, steps, 3))
     assert [entry["step"] for entry in results["train"]] == list(range(1, steps + 1))
     count = results["blocks"]["train"]["train"]["blocks"]
     assert steps == math.ceil(count / 8)
