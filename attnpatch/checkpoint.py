@@ -352,6 +352,10 @@ def revert(
     checkpoint = open_checkpoint(src, revision)
     if checkpoint.record is None:
         raise CheckpointError(f"{checkpoint.folder} is a stock checkpoint: there is nothing to revert")
+    if source_revision is not None and source is None:
+        raise CheckpointError(
+            f"source_revision ({source_revision!r}) needs the checkpoint that it is a revision of: source"
+        )
     origin = open_checkpoint(source, source_revision) if source is not None else None
     files.check_target(target, force, [checkpoint.folder, *([origin.folder] if origin else [])])
     if origin is not None and origin.record is not None:
@@ -421,6 +425,10 @@ def _locate(path: str | Path, revision: str | None) -> tuple[Path, str]:
     text = str(path)
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"a revision ({revision!r}) belongs to a name on the hub, and {text} is a folder here"
+            )
         return folder, files.source_name(folder)
     if folder.exists():
         raise CheckpointError(f"{text} is a file; give the folder of the checkpoint")

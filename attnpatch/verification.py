@@ -109,6 +109,10 @@ def verify(
     for name in dtypes:
         if name not in DTYPES:
             raise SpecError(unknown("dtype", name, DTYPES))
+    if against_revision is not None and against is None:
+        raise CheckpointError(
+            f"against_revision ({against_revision!r}) needs the checkpoint that it is a revision of: against"
+        )
     checkpoint = open_checkpoint(path, revision)
     origin = open_checkpoint(against, against_revision) if against is not None else None
     found: list[Check] = []

@@ -289,3 +289,14 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "mlm: 2 runs" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "no file or folder" in capsys.readouterr().err
+
+
+def test_rounding_is_no_certainty() -> None:
+    from attnpatch.experiments.statistics import compare
+
+    found = compare({1: 0.3, 2: 0.4, 3: 0.5}, {1: 0.2, 2: 0.3, 3: 0.4}, True)
+    assert found is not None
+    assert found.p is None
+    real = compare({1: 0.31, 2: 0.4, 3: 0.5}, {1: 0.2, 2: 0.3, 3: 0.4}, True)
+    assert real is not None
+    assert 0 < real.p < 0.05  # type: ignore[operator]

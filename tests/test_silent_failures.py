@@ -206,3 +206,14 @@ def test_specs_that_were_read_as_something_else(spec: Any, words: str) -> None:
 def test_layers_that_are_no_numbers(layers: str) -> None:
     with pytest.raises(SpecError, match="layers are numbers"):
         attnpatch.AttentionSpec.parse("neural", layers=layers)
+
+
+def test_a_revision_belongs_to_the_hub(tmp_path: Path) -> None:
+    from attnpatch.checkpoint import open_checkpoint
+    from attnpatch.verification import verify
+
+    (tmp_path / "some").mkdir()
+    with pytest.raises(CheckpointError, match="belongs to a name on the hub"):
+        open_checkpoint(tmp_path / "some", "main")
+    with pytest.raises(CheckpointError, match="needs the checkpoint"):
+        verify(tmp_path / "some", against_revision="main")

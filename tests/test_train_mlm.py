@@ -486,3 +486,42 @@ def test_killed_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path) -> 
     assert resumed["scores"]["test.txt"]["loss"] == whole["scores"]["test.txt"]["loss"]
     one, two = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_pieces_of_one_character_are_one_word() -> None:
+    from attnpatch.training.blocks import _word_starts
+
+    # "ab 🜁🜂": two words; each of the last two characters in two pieces that share its place.
+    offsets = [(0, 1), (1, 2), (2, 4), (3, 4), (4, 5), (4, 5), (6, 7)]
+    assert _word_starts(offsets).tolist() == [True, False, False, False, False, False, True]
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+@pytest.mark.parametrize("objective", ["masked", "causal"])
+def test_the_logged_loss_is_the_mean_over_predicted_tokens(
+    data: Path, tmp_path: Path, family: str, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnpatch.training import lm_trainer
+
+    sums: list[tuple[float, float]] = []
+    trainer = next(c for c in vars(lm_trainer).values() if isinstance(c, type) and c.__module__ == lm_trainer.__name__)
+    original = trainer.summed_loss
+
+    def watch(self: Any, model: Any, inputs: Any) -> Any:
+        found = original(self, model, inputs)
+        if model.training:
+            sums.append((float(found[0].detach()), float(found[1])))
+        return found
+
+    monkeypatch.setattr(trainer, "summed_loss", watch)
+    results = train(
+        data,
+        tmp_path,
+        f"model.family={family}",
+        f"model.objective={objective}",
+        "training.max_steps=3",
+        "training.log_every=1",
+    )
+    assert len(sums) == 3
+    for (total, count), entry in zip(sums, results["train"], strict=True):
+        assert entry["loss"] == pytest.approx(total / count, rel=1e-5)

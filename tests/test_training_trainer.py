@@ -270,3 +270,19 @@ def test_the_line_of_an_evaluation_has_what_was_measured(capsys: pytest.CaptureF
         "step 3/9 epoch 0.50  dev loss 1.25  accuracy 0.75",
         "step 3/9 epoch 0.50  dev loss 2  perplexity 7.3891  bleu 31.4",
     ]
+
+
+def test_the_clock_of_a_resumed_run_goes_on_from_the_first_part() -> None:
+    import time
+    from types import SimpleNamespace
+
+    from attnpatch.training.run_trainer import Progress, RunTrainer
+
+    trainer: Any = SimpleNamespace(progress=Progress(train_seconds=100.0, eval_seconds=10.0, save_seconds=2.0))
+    RunTrainer.start_clock(trainer)
+    time.sleep(0.05)
+    trainer.progress.eval_seconds += 0.02
+    assert 100.02 < RunTrainer.progress_now(trainer).train_seconds < 101
+    trainer.progress_now = lambda: RunTrainer.progress_now(trainer)
+    RunTrainer.stop_clock(trainer)
+    assert 100.02 < trainer.progress.train_seconds < 101

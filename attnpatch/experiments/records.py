@@ -36,7 +36,7 @@ _IGNORED = {
     "training.save_every",
 }
 # What makes two scores of one name the same measurement.
-_SIGNATURE = ("predicted_tokens", "sentences", "bleu_signature", "chrf_signature")
+_SIGNATURE = ("predicted_tokens", "sentences", "bleu_signature", "chrf_signature", "num_beams", "max_length")
 
 
 class ReportError(AttnpatchError, ValueError):

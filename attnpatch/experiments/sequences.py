@@ -189,6 +189,8 @@ def _claim(config: SequencesConfig, out: Path) -> None:
                 "output.overwrite=true"
             )
         shutil.rmtree(out / "cells", ignore_errors=True)
+        for old in ("results.json", "accuracy.png", "accuracy.svg"):
+            (out / old).unlink(missing_ok=True)
     elif (out / RUN_FILE).is_file():
         found = differences(read_json(out / RUN_FILE), known_as)
         if found:

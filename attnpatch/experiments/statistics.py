@@ -48,7 +48,8 @@ def compare(variant: Mapping[int, float], stock: Mapping[int, float], higher_is_
     better = sum((d > 0) == higher_is_better and d != 0 for d in differences)
     if n == 1:
         return Comparison(seeds, mean, None, better, None, None, "no test is possible with one common seed")
-    if not deviation:
+    # Equal but for rounding: a test would find that certain.
+    if deviation is None or deviation <= 1e-9 * max(abs(score) for s in seeds for score in (variant[s], stock[s])):
         return Comparison(seeds, mean, deviation, better, None, None, "no test: all differences are equal")
     try:
         from scipy.stats import ttest_rel

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 import attnpatch
@@ -139,7 +140,7 @@ def _load(config: ValueAwareConfig, name: str) -> tuple[Any, Any]:
             )
         auto = AutoModelForCausalLM if model_config.is_decoder else AutoModelForMaskedLM
         model = auto.from_pretrained(name, dtype=torch.float32).eval()
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if isinstance(error, AttnpatchError):
             raise
         raise CheckpointError(f"cannot load the model {name}: {one_line(error, 300)}") from error
@@ -197,12 +198,14 @@ def _evaluate(config: ValueAwareConfig, name: str, kernel: str, model: Any, data
                     "output_error_by_layer": by_layer,
                 }
             )
+    # Of the run that left the model: its folder is RUN/model.
     beside = Path(name).parent / "results.json"
+    ours = Path(name).name == "model" and beside.is_file()
     weights = Path(name) / "model.safetensors"
     return {
         "path": name,
         "sha256": sha256_file(weights) if weights.is_file() else None,
-        "seed": read_json(beside).get("seed") if beside.is_file() else None,
+        "seed": read_json(beside).get("seed") if ours else None,
         "kernel": chosen,
         "kernel_trained": trained,
         "objective": "causal" if model.config.is_decoder else "masked",

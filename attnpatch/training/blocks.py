@@ -127,10 +127,11 @@ def _fill(target: Any, values: Any) -> None:
 
 
 def _word_starts(offsets: Sequence[tuple[int, int]]) -> Any:
-    """A token starts a word unless it begins where the one before it ended. Space counts as a word of its own."""
+    """A token starts a word unless it begins where the one before it ended, or within it: the pieces of one character
+    share its place. Space counts as a word of its own."""
     spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     new = np.ones(len(spans), dtype=bool)
-    new[1:] = (spans[1:, 0] != spans[:-1, 1]) | (spans[1:, 0] == spans[1:, 1])
+    new[1:] = (spans[1:, 0] > spans[:-1, 1]) | (spans[1:, 0] == spans[1:, 1])
     return new
 
 

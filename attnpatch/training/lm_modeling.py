@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from attnpatch.errors import CheckpointError, one_line, unknown
 from attnpatch.training.errors import ConfigError, TrainingError
@@ -105,7 +106,7 @@ def _from_checkpoint(config: MLMTrainingConfig) -> Any:
         return auto.from_pretrained(
             path, config=model_config, dtype=torch.float32, **kwargs, **attention_arguments(config)
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         reason = one_line(error, 300)

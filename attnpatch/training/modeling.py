@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from attnpatch.errors import CheckpointError, one_line, unknown
 from attnpatch.registry import get_variant
@@ -121,7 +122,7 @@ def _from_checkpoint(config: MarianTrainingConfig) -> Any:
         return AutoModelForSeq2SeqLM.from_pretrained(
             path, config=model_config, dtype=torch.float32, **kwargs, **attention_arguments(config)
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         reason = one_line(error, 300)

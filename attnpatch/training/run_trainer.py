@@ -64,6 +64,8 @@ class RunTrainer(Trainer):
         self.progress = Progress()
         # Trainer then counts the labels of an accumulated batch, and does not divide the loss once more.
         self.model_accepts_loss_kwargs = True
+        # Our labels are in place; models with a causal loss of their own would have the first of them not counted.
+        self._loss_shifts_labels = False
         self._auxiliary_sum = 0.0
         self._auxiliary_count = 0
 
@@ -203,7 +205,7 @@ class RunTrainer(Trainer):
     def start_clock(self) -> None:
         """Called when training starts or goes on."""
         self._started = time.perf_counter()
-        self._before = self.progress.eval_seconds + self.progress.save_seconds - self.progress.train_seconds
+        self._before = self.progress.eval_seconds + self.progress.save_seconds + self.progress.train_seconds
 
     def progress_now(self) -> Progress:
         """The record of time and tokens up to now."""

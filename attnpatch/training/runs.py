@@ -89,7 +89,11 @@ def resume_point(config: Any, out: Path, known_as: dict[str, Any], state: Any) -
     checkpoint = last_complete(out)
     known: Any = None
     if (out / RUN_FILE).is_file():
-        known = read_json(out / RUN_FILE)
+        try:
+            known = read_json(out / RUN_FILE)
+        except ValueError as error:
+            raise TrainingError(f"{out / RUN_FILE} is damaged ({error}): choose another output.dir") from error
+    holds = checkpoint is not None or any((out / name).exists() for name in ("results.json", "model"))
     if config.training.resume == "never":
         if known is not None and not config.output.overwrite:
             raise TrainingError(
@@ -99,14 +103,16 @@ def resume_point(config: Any, out: Path, known_as: dict[str, Any], state: Any) -
         checkpoint = None
         if state.is_main_process:
             clear(out)
-    elif checkpoint is not None:
+    elif holds:
+        if known is None:
+            raise TrainingError(f"{out} holds a run, but not its {RUN_FILE}: choose another output.dir")
         found = differences(known, known_as)
         if found:
             raise TrainingError(
                 f"{out} holds a run with other settings ({'; '.join(found[:4])}): choose another output.dir, or "
                 "set training.resume=never output.overwrite=true to start afresh"
             )
-        world = read_record(checkpoint)["world_size"]
+        world = read_record(checkpoint)["world_size"] if checkpoint is not None else state.num_processes
         if world != state.num_processes:
             raise TrainingError(
                 f"{checkpoint} was written by {world} process(es), this run has {state.num_processes}: resume with as "
