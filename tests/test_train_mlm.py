@@ -525,3 +525,12 @@ def test_the_logged_loss_is_the_mean_over_predicted_tokens(
     assert len(sums) == 3
     for (total, count), entry in zip(sums, results["train"], strict=True):
         assert entry["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertForMaskedLM(BertConfig(vocab_size=30, **size)).save_pretrained(tmp_path)
+    with pytest.raises(TrainingError, match="tokenizer"):
+        load_fast_tokenizer(str(tmp_path))

@@ -35,6 +35,9 @@ def load_fast_tokenizer(path: str, **kwargs: Any) -> Any:
     lacking = [name for name in ("cls", "sep", "pad") if getattr(tokenizer, f"{name}_token_id") is None]
     if lacking:
         raise TrainingError(f"the tokenizer {path} has no {' and no '.join(lacking)} token, which blocks need")
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        # transformers makes an empty one where there are only a config and weights.
+        raise TrainingError(f"{path} has no tokenizer of its own: name one with tokenizer.path")
     return tokenizer
 
 
