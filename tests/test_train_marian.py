@@ -52,6 +52,14 @@ TINY = [
 ]
 
 
+ONLY_TRAIN = [
+    "training.evaluate_every=never",
+    "training.save_every=never",
+    "training.final=last",
+    "generation.test=false",
+]
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Models this small are slower with more threads, much slower on a busy machine."""
@@ -165,6 +173,66 @@ def test_from_checkpoint_and_average(data: Path, tmp_path: Path) -> None:
     for name, value in after.items():
         torch.testing.assert_close(value, (parts[0][name] + parts[1][name]) / 2)
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_calibrated_start_is_closest_to_the_checkpoint(data: Path, tmp_path: Path) -> None:
+    """With a learning rate of 0 the dev loss is that of the start."""
+    train(data, tmp_path / "base", "training.max_steps=200", *ONLY_TRAIN)
+    base = f"model.pretrained={tmp_path / 'base' / 'model'}"
+    arms = {
+        "stock": ("spec=stock", "init=calibrate"),
+        "calibrated": ("spec=neural", "init=calibrate"),
+        "preserved": ("spec=neural",),
+        "paper": ("spec=neural", "init=paper"),
+        "matched": ("spec={linear: {form: matched}}",),
+    }
+    still = ("training.learning_rate=0", "training.max_steps=1", "generation.test=false")
+    found = {name: train(data, tmp_path / name, base, *arm, *still) for name, arm in arms.items()}
+    losses = {name: results["dev"][-1]["loss"] for name, results in found.items()}
+    assert losses["matched"] == pytest.approx(losses["stock"], abs=1e-4)  # exact without LayerNorm
+    drift = {name: abs(loss - losses["stock"]) for name, loss in losses.items()}
+    assert drift["calibrated"] < drift["preserved"] < drift["paper"]
+
+    (note,) = found["calibrated"]["calibration"]["notes"]
+    assert found["calibrated"]["calibration"]["pairs"] == 300
+    assert "relative error on the calibration data: worst" in note
+    assert found["calibrated"]["spec"]["init"] == "calibrate"
+    assert "calibration" not in found["stock"]
+    started = {results["pretrained"]["weights_sha256"][0] for results in found.values()}
+    assert started == {sha256_file(tmp_path / "base" / "model" / "model.safetensors")}
+    from transformers import AutoModelForSeq2SeqLM
+
+    assert attnpatch.patched_modules(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "calibrated" / "model"))
+
+
+def test_calibration_sees_no_padding(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every position that the fit counts is one of a real token, on both sides."""
+    train(data, tmp_path / "base", "training.max_steps=1", *ONLY_TRAIN)
+    from attnpatch import calibrate
+    from attnpatch.training import calibration
+
+    batches: list[dict[str, torch.Tensor]] = []
+    rows: list[int] = []
+    made, add = calibration._batches, calibrate._Normal.add
+
+    def watch_batches(*args: Any) -> list[dict[str, torch.Tensor]]:
+        batches.extend(made(*args))
+        return batches
+
+    def watch_rows(self: Any, features: torch.Tensor, targets: torch.Tensor) -> None:
+        rows.append(len(features))
+        add(self, features, targets)
+
+    monkeypatch.setattr(calibration, "_batches", watch_batches)
+    monkeypatch.setattr(calibrate._Normal, "add", watch_rows)
+    arm = (f"model.pretrained={tmp_path / 'base' / 'model'}", "spec=neural", "init=calibrate")
+    train(data, tmp_path / "arm", *arm, "training.max_steps=1", "generation.test=false")
+    source = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    target = sum(int(batch["decoder_attention_mask"].sum()) for batch in batches)
+    padded = sum(batch["decoder_attention_mask"].numel() for batch in batches)
+    assert target < padded
+    # Query, key and output of the encoder and of the decoder; of the cross-attention, only the key reads the source.
+    assert sum(rows) == 4 * source + 5 * target
 
 
 @pytest.mark.parametrize("spec", ["neural", "expressive+alignment", "query_value"])
@@ -340,7 +408,8 @@ def test_weights_of_another_model_are_refused(data: Path, tmp_path: Path) -> Non
         (["data.dir=/nowhere/at/all"], "does not exist"),
         (["nothing.yaml"], "no config file"),
         (["--fast"], "unknown option --fast"),
-        (["model.pretrained=/nowhere/at/all"], "/nowhere/at/all"),
+        (["model.pretrained=/nowhere/at/all"], "/nowhere/at/all: no such folder"),
+        (["model.pretrained=runs/base/model"], "runs/base/model: no such folder"),
         (["generation.max_length=900"], "64 positions"),
         (["output.report_to=[tensorbord]"], "tensorbord"),
     ],

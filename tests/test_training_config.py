@@ -80,7 +80,9 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         load("data.dir=${SOME_FOLDER}")
 
 
-@pytest.mark.parametrize("name", ["multi30k-cpu", "ted-cpu", "iwslt17-paper"])
+@pytest.mark.parametrize(
+    "name", ["multi30k-cpu", "deen-base-cpu", "deen-base-gpu", "ted-neural-cpu", "ted-neural-gpu", "iwslt17-paper"]
+)
 def test_shipped_configs_load(name: str) -> None:
     config = load_config(MarianTrainingConfig, CONFIGS / f"{name}.yaml", ["spec=neural"])
     assert config.spec == "neural"
@@ -95,7 +97,8 @@ def test_one_variable_names_the_folder_of_all_data(monkeypatch: pytest.MonkeyPat
     path = CONFIGS / "multi30k-cpu.yaml"
     assert load_config(MarianTrainingConfig, path).data.dir == "/there/multi30k"
     assert load_config(MarianTrainingConfig, path, ["data.dir=/here/multi30k"]).data.dir == "/here/multi30k"
-    assert load_config(MarianTrainingConfig, CONFIGS / "ted-cpu.yaml").data.dir == "/there"
+    for name in ("deen-base-cpu", "deen-base-gpu", "ted-neural-cpu", "ted-neural-gpu"):
+        assert load_config(MarianTrainingConfig, CONFIGS / f"{name}.yaml").data.dir == "/there"
     for name in ("wikitext-cpu", "wikitext-gpu"):
         assert load_config(MLMTrainingConfig, CONFIGS / f"{name}.yaml").data.dir == "/there"
     assert load_config(ValueAwareConfig, CONFIGS / "value-aware.yaml", ["models=[a]"]).data.dir == "/there"
@@ -117,3 +120,20 @@ def test_paper_settings() -> None:
     assert (training.schedule, training.warmup_steps, training.weight_decay) == ("linear", 0, 0.0)
     assert (training.clip_norm, training.precision, training.label_smoothing) == (1.0, "fp32", 0.0)
     assert (config.data.max_source_length, config.data.max_target_length) == (1024, 128)
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_the_arms_start_from_what_the_base_config_writes(scale: str) -> None:
+    base = load_config(MarianTrainingConfig, CONFIGS / f"deen-base-{scale}.yaml")
+    arms = load_config(MarianTrainingConfig, CONFIGS / f"ted-neural-{scale}.yaml")
+    assert arms.model.pretrained == f"{base.output.dir}/model"
+    assert arms.data.dev == base.data.dev
+    assert arms.data.test == base.data.test
+    assert not set(map(str, arms.data.train)) & set(map(str, base.data.train))
+
+
+def test_calibration_needs_a_checkpoint() -> None:
+    with pytest.raises(ConfigError, match=r"init=calibrate fits .* model\.pretrained"):
+        load("spec=neural", "init=calibrate")
+    assert load("spec=neural", "init=calibrate", "model.pretrained=x").init == "calibrate"
+    assert load("init=calibrate").spec is None  # stock has nothing to fit

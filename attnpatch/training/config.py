@@ -189,7 +189,7 @@ class MarianTrainingConfig:
     """One training run of scripts/train_marian.py."""
 
     spec: Any = None  # an attention spec; None or "stock": unchanged attention
-    init: str = field(default="preserve", metadata=one_of("preserve", "paper"))
+    init: str = field(default="preserve", metadata=one_of("preserve", "paper", "calibrate"))
     seed: int = field(default=1, metadata=at_least(0))
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -205,6 +205,11 @@ class MarianTrainingConfig:
             raise ConfigError(
                 f"model.d_model={self.model.d_model} does not divide into model.heads={self.model.heads} heads; "
                 "choose a d_model that is a multiple of heads"
+            )
+        if self.init == "calibrate" and self.spec is not None and self.model.pretrained is None:
+            raise ConfigError(
+                "init=calibrate fits the new projections to those of a checkpoint: name one with model.pretrained, or "
+                "leave init out"
             )
         self.training.check()
 

@@ -14,10 +14,11 @@ import torch
 from attnpatch.atomic import write_text, writing_aside
 from attnpatch.auxiliary import has_loss_hooks
 from attnpatch.training.batching import SentenceBatchSampler, TokenBatchSampler, TranslationCollator
+from attnpatch.training.calibration import calibrates, patch_calibrated
 from attnpatch.training.config import MarianTrainingConfig
 from attnpatch.training.data import ParallelText, load_split, merge
 from attnpatch.training.errors import TrainingError
-from attnpatch.training.modeling import build_model
+from attnpatch.training.modeling import build_model, checkpoint_identity
 from attnpatch.training.results import count_parameters, write_results
 from attnpatch.training.runs import (
     FREE_TRAINING,
@@ -64,6 +65,7 @@ def run(config: MarianTrainingConfig) -> dict[str, Any]:
         raise TrainingError("data.dev is empty: name a dev set, or set training.evaluate_every=never")
     say(f"data: {len(train):,} training pairs, {len(dev) if dev else 0:,} dev pairs, " + _count(texts["test"]))
 
+    pretrained = checkpoint_identity(config)
     checkpoint = resume_point(
         config, out, identity(config, FREE_SETTINGS, [file["sha256"] for file in train.files]), state
     )
@@ -75,6 +77,9 @@ def run(config: MarianTrainingConfig) -> dict[str, Any]:
     model = build_model(config, tokenizer)
     positions = getattr(model.config, "max_position_embeddings", None) or 10**9
     rows = _dataset(config, tokenizer, train, positions, training=True)
+    calibration = patch_calibrated(config, model, rows) if calibrates(config) else None
+    if calibration is not None:
+        say("; ".join(calibration["notes"]))
     dev_rows = _dataset(config, tokenizer, dev, positions) if dev else None
     trainer = _trainer(config, model, tokenizer, rows, dev_rows, dev, started)
     parameters = count_parameters(model)
@@ -95,6 +100,10 @@ def run(config: MarianTrainingConfig) -> dict[str, Any]:
     state.wait_for_everyone()
 
     results = _describe(config, trainer, parameters, texts, final, started)
+    if calibration is not None:
+        results["calibration"] = calibration
+    if pretrained is not None:
+        results["pretrained"] = pretrained
     results["scores"] = {}
     results["seconds"]["setup"] = round(setup_seconds, 2)
     test_started = time.perf_counter()

@@ -11,18 +11,40 @@ from safetensors import SafetensorError
 from attnpatch.errors import CheckpointError, one_line, unknown
 from attnpatch.registry import get_variant
 from attnpatch.spec import AttentionSpec
+from attnpatch.training.calibration import calibrates
 from attnpatch.training.config import MarianTrainingConfig
 from attnpatch.training.errors import ConfigError, TrainingError
+from attnpatch.training.files import sha256_file
 
 
 def build_model(config: MarianTrainingConfig, tokenizer: Any) -> Any:
-    """MarianMTModel from scratch, or the checkpoint `config.model.pretrained`; patched when a spec is given."""
+    """MarianMTModel from scratch, or the checkpoint `config.model.pretrained`; patched when a spec is given.
+
+    A checkpoint is still stock under init: calibrate, which needs training rows (`calibration.patch_calibrated`).
+    """
     if config.model.pretrained is None:
         model = _from_scratch(config, tokenizer)
     else:
         model = _from_checkpoint(config)
     _set_generation(config, model)
     return model
+
+
+def checkpoint_identity(config: MarianTrainingConfig) -> dict[str, Any] | None:
+    """What a run starts from: the name, and of a local folder the SHA-256 of its weights. None: from scratch.
+
+    Raises CheckpointError for what can only be a folder, and is none.
+    """
+    name = config.model.pretrained
+    if name is None:
+        return None
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        weights = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+        return {"name": name, "weights_sha256": [sha256_file(path) for path in weights]}
+    if name.count("/") > 1 or name.startswith((".", "~", "/")):  # a hub id is OWNER/NAME
+        raise CheckpointError(f"model.pretrained={name}: no such folder, so there is no checkpoint to start from")
+    return {"name": name, "revision": config.model.revision}
 
 
 def attention_backend(config: Any) -> str | None:
@@ -118,7 +140,8 @@ def _from_checkpoint(config: MarianTrainingConfig) -> Any:
             if value is not None:
                 setattr(model_config, name, value)
         # Loading converts on the fly: a patched config makes patched modules, filled from the stock weights.
-        model_config = patched_config(config, model_config)
+        if not calibrates(config):
+            model_config = patched_config(config, model_config)
         return AutoModelForSeq2SeqLM.from_pretrained(
             path, config=model_config, dtype=torch.float32, **kwargs, **attention_arguments(config)
         )
