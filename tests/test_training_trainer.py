@@ -232,9 +232,15 @@ def test_evaluation_is_exact_whatever_the_batches(tmp_path: Path) -> None:
         assert model.training  # as it was before
 
 
-def test_translations_come_back_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", [None, "neural", "query_value+expressive"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_translations_are_those_of_generate_in_order(tmp_path: Path, spec: str | None, backend: str) -> None:
     data, model = rows(15), tiny_model()
-    trainer = make(tmp_path, model, data)
+    if spec:
+        attnpatch.patch(model, spec)
+    model.set_attn_implementation(backend)
+    model.generation_config.bad_words_ids = [[VOCAB - 1], [random.randint(2, VOCAB - 2)]]
+    trainer = make(tmp_path, model, data, fused_decoding=True)
     expected = []
     model.eval()
     for row in data.to_list():
@@ -242,6 +248,22 @@ def test_translations_come_back_in_order(tmp_path: Path) -> None:
         expected.append([token for token in ids if token != VOCAB - 1])
     for budget in (20, 1000):
         assert trainer.translate(data, budget, num_beams=2, max_length=12) == expected
+        assert model.config._attn_implementation == backend  # as it was before
+
+
+def test_tokens_that_are_forbidden_in_decoding_stay_so() -> None:
+    from transformers import GenerationConfig
+
+    from attnpatch.training.decoding import lean_generation
+
+    given = GenerationConfig(bad_words_ids=[[5], [7]], eos_token_id=0)
+    lean = lean_generation(given)
+    assert (lean.bad_words_ids, lean.suppress_tokens) == (None, [5, 7])
+    assert given.bad_words_ids == [[5], [7]]
+    # Of several tokens, or the end: only bad_words_ids says that.
+    for words in ([[5, 6]], [[0]]):
+        lean = lean_generation(GenerationConfig(bad_words_ids=words, eos_token_id=0))
+        assert (lean.bad_words_ids, lean.suppress_tokens) == (words, None)
 
 
 @pytest.mark.parametrize(

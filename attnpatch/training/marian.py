@@ -205,6 +205,7 @@ def _trainer(
         eval_max_tokens=config.generation.max_tokens,
         keep_checkpoints=config.training.keep_checkpoints,
         dev_scores=dev_scores,
+        fused_decoding=config.training.attention == "auto",
     )
     connect(trainer, callbacks)
     return trainer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from transformers import Seq2SeqTrainer
 
 from attnpatch.training.batching import IGNORE, length_batches
+from attnpatch.training.decoding import BeamCache, attention_of_decoding, lean_generation
 from attnpatch.training.run_trainer import RunTrainer
 
 
@@ -22,6 +24,7 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
         label_smoothing: epsilon of the uniform part of the target distribution.
         eval_max_tokens: padded positions in an evaluation batch.
         dev_scores: given the trainer, extra figures for an evaluation during training (BLEU of the dev set).
+        fused_decoding: whether a model that trains with the `eager` backend translates with `sdpa`.
         The others are RunTrainer's.
 
     Trainer's own loss would average Marian's averages, because MarianMTModel ignores `num_items_in_batch`.
@@ -35,10 +38,12 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
         label_smoothing: float = 0.0,
         eval_max_tokens: int = 4096,
         dev_scores: Any = None,
+        fused_decoding: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.label_smoothing = label_smoothing
+        self.attention_of_decoding = attention_of_decoding if fused_decoding else nullcontext
         self.eval_max_tokens = eval_max_tokens
         self.dev_scores = dev_scores
 
@@ -98,11 +103,14 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
         beams = int(generation.get("num_beams") or self.model.generation_config.num_beams or 1)
         rows: list[tuple[int, list[int]]] = []
         pad = self.model.config.pad_token_id
-        with self.evaluating(), torch.no_grad():
+        settings = lean_generation(self.model.generation_config)
+        with self.evaluating() as model, self.attention_of_decoding(model), torch.no_grad():
             sources = data.select_columns(["input_ids"])
             for indices, batch in self._my_batches(sources, data["source_length"], max(max_tokens // beams, 1)):
                 with self.accelerator.autocast():
-                    ids = self.model.generate(**batch, **generation)
+                    ids = model.generate(
+                        **batch, generation_config=settings, past_key_values=BeamCache.empty(model), **generation
+                    )
                 for index, row in zip(indices, ids.tolist(), strict=True):
                     rows.append((index, [token for token in row if token != pad]))
         if self.accelerator.num_processes > 1:
