@@ -17,12 +17,17 @@ from attnpatch.errors import CheckpointError
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes `text` as UTF-8 beside `path`, then renames: a reader sees the old file or the new one."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes `data` beside `path`, then renames."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(aside, "w", encoding="utf-8") as handle:
-            handle.write(text)
+        with open(aside, "wb") as handle:
+            handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(aside, path)

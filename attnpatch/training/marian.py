@@ -233,10 +233,17 @@ def _score(
     started = time.perf_counter()
     hypotheses, scores = _translate_and_score(config, trainer, tokenizer, rows, text, config.generation.num_beams)
     scores["seconds"] = round(time.perf_counter() - started, 2)
-    path = out / f"{Path(text.name).name}.hypotheses.{config.data.target_lang}"
-    scores["hypotheses"] = path.name
+    stem = Path(text.name).name
+    scores["hypotheses"] = f"{stem}.hypotheses.{config.data.target_lang}"
+    scores["bleu_statistics"] = f"{stem}.bleu.tsv.gz"
     if main:
-        write_text(path, "".join(f"{' '.join(line.split())}\n" for line in hypotheses))
+        from attnpatch.training.bleu_statistics import bleu_statistics, write_statistics
+
+        lines = [" ".join(line.split()) for line in hypotheses]
+        write_text(out / scores["hypotheses"], "".join(f"{line}\n" for line in lines))
+        generation = config.generation
+        rows = bleu_statistics(hypotheses, text.references, generation.lowercase, generation.tokenize)
+        write_statistics(out / scores["bleu_statistics"], rows)
     return scores
 
 
