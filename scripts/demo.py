@@ -4,7 +4,8 @@
     python scripts/demo.py [CONFIG.yaml] [key=value ...]
 
 CONFIG is configs/demo-cpu.yaml unless given; the keys are those of the file, with dots: further.updates=100.
-The table, the plot and results.json go to outputs/demo (output=PATH). `--debug` shows tracebacks.
+The table, the plot and results.json go to outputs/demo (output=PATH). `--debug` shows tracebacks,
+`--plugin MODULE` imports a module that registers variants or families.
 Exit code: 0; 1 when a conversion changed what it must not change; 2 after an error; 130 after Ctrl-C.
 """
 
@@ -22,4 +23,5 @@ if __name__ == "__main__":
     # transformers reads these when it is imported.
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here comes from a hub
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    sys.exit(start("attnpatch.training.demo_cli", sys.argv[1:], CONFIG, __doc__))
+    config, run = "attnpatch.training.demo_config:DemoConfig", "attnpatch.training.demo_command:run"
+    sys.exit(start("attnpatch.training.cli", sys.argv[1:], __doc__, config, run, CONFIG))

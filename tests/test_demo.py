@@ -13,12 +13,18 @@ import torch
 from safetensors.torch import load_file
 
 from attnpatch.training import demo, trainer
+from attnpatch.training.cli import main as script
 from attnpatch.training.config import load_config
-from attnpatch.training.demo import VARIANTS, Demo, DemoConfig, Row, Variant
-from attnpatch.training.demo_cli import main
+from attnpatch.training.demo import VARIANTS, Demo, Row, Variant
+from attnpatch.training.demo_config import DemoConfig
 from attnpatch.training.tokenizer import encode
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo-cpu.yaml"
+
+
+def main(argv: list[str], usage: str | None = None) -> int:
+    where = ("attnpatch.training.demo_config:DemoConfig", "attnpatch.training.demo_command:run")
+    return script(argv, usage, *where, CONFIG)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +69,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
             auxiliary.append(logs["auxiliary_loss"])
 
     monkeypatch.setattr(trainer.TranslationTrainer, "log", watch)
-    assert main(words(tmp_path, "base.training.log_every=1"), CONFIG) == 0
+    assert main(words(tmp_path, "base.training.log_every=1")) == 0
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
     assert "Warning" not in printed.err
@@ -140,7 +146,7 @@ def test_a_change_fails_the_demo_and_repeats_bit_for_bit(
     weights, drifts = [], []
     for name in ("one", "two"):
         out = tmp_path / name
-        assert main(words(out), CONFIG) == 1
+        assert main(words(out)) == 1
         printed = capsys.readouterr()
         assert printed.err.startswith("error: the conversion must not change the model, but did: expressive (")
         assert printed.err.count("\n") == 1
@@ -199,7 +205,7 @@ def test_errors_are_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], expected: str
 ) -> None:
     arguments = [*more, *words(tmp_path)] if more[0].endswith(".yaml") else [*words(tmp_path), *more]
-    assert main(arguments, CONFIG) == 2
+    assert main(arguments) == 2
     printed = capsys.readouterr()
     assert expected in printed.err
     assert printed.err.count("\n") == 1
@@ -211,7 +217,7 @@ def test_a_missing_package_is_named_with_its_remedy(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    assert main(words(tmp_path / "run"), CONFIG) == 2
+    assert main(words(tmp_path / "run")) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: not installed: sacrebleu, matplotlib; pip install 'attnpatch[train]'")
     assert printed.err.count("\n") == 1
@@ -220,7 +226,7 @@ def test_a_missing_package_is_named_with_its_remedy(
 
 def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
-    assert main(words(tmp_path / "file"), CONFIG) == 2
+    assert main(words(tmp_path / "file")) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -228,12 +234,12 @@ def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_help_and_interrupt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["--help"], CONFIG, "usage text") == 0
+    assert main(["--help"], "usage text") == 0
     assert capsys.readouterr().out == "usage text\n"
 
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "write_corpus", interrupted)
-    assert main(words(tmp_path), CONFIG) == 130
+    assert main(words(tmp_path)) == 130
     assert "stopped" in capsys.readouterr().err

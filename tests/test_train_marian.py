@@ -27,10 +27,11 @@ from attnpatch.training.checkpoints import (
     rotate,
 )
 from attnpatch.training.cli import main
-from attnpatch.training.config import MarianTrainingConfig, load_config
+from attnpatch.training.config import load_config
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.files import sha256_file
 from attnpatch.training.marian import run
+from attnpatch.training.marian_config import MarianTrainingConfig
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train_marian.py"
 TINY = [

@@ -26,10 +26,10 @@ from attnpatch.training.cli import main
 from attnpatch.training.config import load_config
 from attnpatch.training.errors import ConfigError, DataError, RunPaused, TrainingError
 from attnpatch.training.lm_trainer import PredictedPositions
+from attnpatch.training.losses import token_loss
 from attnpatch.training.mlm import run
 from attnpatch.training.mlm_config import ByteLevelConfig, MaskingConfig, MLMTrainingConfig, TextConfig
 from attnpatch.training.text import load_text
-from attnpatch.training.trainer import token_loss
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train_mlm.py"

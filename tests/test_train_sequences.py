@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 
 from attnpatch.experiments.sequence_tasks import Cell, batch_of, ceiling, nt_sequences, scored_labels
 from attnpatch.experiments.sequences import build_decoder, eval_sets, run
-from attnpatch.experiments.sequences_config import SequencesConfig
+from attnpatch.experiments.sequences_config import CellConfig, SequencesConfig
 from attnpatch.training.batching import IGNORE
 from attnpatch.training.cli import main
 from attnpatch.training.config import load_config
@@ -116,7 +115,7 @@ def test_a_mixture_holds_all_its_tasks_and_labels_are_the_next_symbols() -> None
 @pytest.mark.parametrize("spec", ["stock", "expressive", "expressive+query_value"])
 def test_the_decoder_sees_no_later_symbol(tmp_path: Path, spec: str) -> None:
     config = configured(tmp_path)
-    own = SimpleNamespace(spec=None if spec == "stock" else spec, init="preserve", training=config.training)
+    own = CellConfig(spec=spec, training=config.training)
     model = build_decoder(config, own, Cell((5,), (2,))).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # large enough that attention matters
@@ -138,7 +137,7 @@ def test_specs_have_equal_parameters_and_the_same_test_set(tmp_path: Path) -> No
     cell = Cell((4,), (2,))
     counts = []
     for spec in (None, {"expressive": {"scale": 1.0}}):
-        own = SimpleNamespace(spec=spec, init="preserve", training=config.training)
+        own = CellConfig(spec=spec, training=config.training)
         counts.append(sum(p.numel() for p in build_decoder(config, own, cell).parameters()))
     assert counts[0] == counts[1]
     one, two = eval_sets(config, cell), eval_sets(config, cell)

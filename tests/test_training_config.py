@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from attnpatch.training.config import MarianTrainingConfig, load_config
+from attnpatch.training.config import load_config
 from attnpatch.training.errors import ConfigError
+from attnpatch.training.marian_config import MarianTrainingConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

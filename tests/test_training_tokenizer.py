@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from attnpatch.training.config import TokenizerConfig
 from attnpatch.training.errors import ConfigError, TrainingError
+from attnpatch.training.marian_config import TokenizerConfig
 from attnpatch.training.tokenizer import build_tokenizer, encode, load_tokenizer
 
 LANGUAGES = ("de", "en")

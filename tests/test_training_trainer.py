@@ -15,7 +15,8 @@ import torch.nn.functional as F
 import attnpatch
 from attnpatch.training.batching import IGNORE, SentenceBatchSampler, TranslationCollator
 from attnpatch.training.errors import TrainingError
-from attnpatch.training.trainer import TranslationTrainer, token_loss
+from attnpatch.training.losses import token_loss
+from attnpatch.training.trainer import TranslationTrainer
 
 VOCAB = 40
 

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from attnpatch.bench.timing import BenchmarkError, Settings, summary
-from attnpatch.training.config import MarianTrainingConfig, load_config
+from attnpatch.training.config import load_config
 from attnpatch.training.data import load_split, merge
 from attnpatch.training.marian import run
+from attnpatch.training.marian_config import MarianTrainingConfig
 from attnpatch.training.runs import use_bf16
 from attnpatch.training.tokenizer import encode, load_tokenizer
 

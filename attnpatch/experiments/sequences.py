@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,38 +19,31 @@ from torch.utils.data import Dataset
 
 from attnpatch import figures
 from attnpatch.atomic import write_json
-from attnpatch.auxiliary import has_loss_hooks
 from attnpatch.environment import machine, versions
-from attnpatch.errors import unknown
 from attnpatch.experiments.sequence_tasks import Cell, batch_of, ceiling, label, nt_sequences, scored_labels
-from attnpatch.experiments.sequences_config import SequencesConfig
+from attnpatch.experiments.sequences_config import CellConfig, SequencesConfig
 from attnpatch.spec import AttentionSpec
 from attnpatch.training.batching import IGNORE, SentenceBatchSampler
 from attnpatch.training.blocks import generator_for
-from attnpatch.training.config import OutputConfig
-from attnpatch.training.errors import ConfigError, RunPaused, TrainingError
+from attnpatch.training.errors import RunPaused, TrainingError
 from attnpatch.training.files import read_json, sha256_lines
-from attnpatch.training.modeling import attention_backend, patched_config
+from attnpatch.training.losses import token_loss
+from attnpatch.training.modeling import check_activation, from_scratch
 from attnpatch.training.results import count_parameters, write_results
+from attnpatch.training.run_config import OutputConfig, none_if_stock
+from attnpatch.training.run_folder import FREE_TRAINING, RUN_FILE, claim, identity, may_go_on, resume_point
 from attnpatch.training.run_trainer import RunTrainer
 from attnpatch.training.runs import (
-    FREE_TRAINING,
-    RUN_FILE,
     Say,
-    callbacks_for,
-    connect,
+    build_trainer,
     describe_run,
-    differences,
     final_weights,
-    identity,
-    prepare_process,
     process_state,
-    resume_point,
     speaker,
+    start_run,
     training_arguments,
 )
 from attnpatch.training.runs import train as run_training
-from attnpatch.training.trainer import token_loss
 
 EVAL_BATCH = 256
 # The grid may be extended; what a cell computes may not change. A cell's own part of it is in its folder's name.
@@ -146,14 +138,11 @@ def run(config: SequencesConfig) -> dict[str, Any]:
     A cell that is finished is not trained again. Raises an AttnpatchError with one sentence for anything a person can
     mend, RunPaused among them.
     """
-    started = time.perf_counter()
-    prepare_process(config.training)
-    state = process_state(config.training)
-    if state.num_processes > 1:
+    run = start_run(config)
+    started, out, say = run.started, run.out, run.say
+    if run.state.num_processes > 1:
         raise TrainingError("these models are too small to share: run train_sequences.py with one process")
-    out = Path(config.output.dir)
-    say = speaker(config.output.quiet, True)
-    specs = [AttentionSpec.parse(None if spec == "" else spec) for spec in config.specs]
+    specs = [AttentionSpec.parse(none_if_stock(spec)) for spec in config.specs]
     _claim(config, out)
     jobs = [(seed, cell, spec) for seed in config.seeds for cell in config.cells() for spec in specs]
     records = []
@@ -182,23 +171,11 @@ def run(config: SequencesConfig) -> dict[str, Any]:
 def _claim(config: SequencesConfig, out: Path) -> None:
     """Refuses a folder that holds another study; makes an empty one for `resume: never`."""
     known_as = identity(config, FREE_SETTINGS, [])
-    if config.training.resume == "never":
-        if (out / RUN_FILE).is_file() and not config.output.overwrite:
-            raise TrainingError(
-                f"{out} already holds a run: choose another output.dir, resume it (training.resume=auto), or set "
-                "output.overwrite=true"
-            )
+    if not may_go_on(config, out, known_as, holds=(out / RUN_FILE).is_file()):
         shutil.rmtree(out / "cells", ignore_errors=True)
         for old in ("results.json", "accuracy.png", "accuracy.svg"):
             (out / old).unlink(missing_ok=True)
-    elif (out / RUN_FILE).is_file():
-        found = differences(read_json(out / RUN_FILE), known_as)
-        if found:
-            raise TrainingError(
-                f"{out} holds a run with other settings ({'; '.join(found[:4])}): choose another output.dir, or "
-                "set training.resume=never output.overwrite=true to start afresh"
-            )
-    write_json(out / RUN_FILE, known_as, default=str)
+    claim(out, known_as)
 
 
 def _results_of(out: Path, seed: int, cell: Cell, spec: AttentionSpec) -> Path:
@@ -209,13 +186,11 @@ def _results_of(out: Path, seed: int, cell: Cell, spec: AttentionSpec) -> Path:
 def _job(config: SequencesConfig, seed: int, cell: Cell, spec: AttentionSpec, done: Path, started: float) -> None:
     """Trains and scores one model; its record goes to the file `done`."""
     folder = done.parent
-    own = SimpleNamespace(
+    own = CellConfig(
         spec=spec if spec else None,
-        init="preserve",
         seed=seed,
         training=dataclasses.replace(config.training, resume="auto"),
         output=OutputConfig(dir=str(folder), quiet=True),
-        as_dict=dict,
     )
     from transformers import set_seed
 
@@ -248,14 +223,12 @@ def _job(config: SequencesConfig, seed: int, cell: Cell, spec: AttentionSpec, do
     write_json(done, record, default=str)
 
 
-def build_decoder(config: SequencesConfig, own: Any, cell: Cell) -> Any:
+def build_decoder(config: SequencesConfig, own: CellConfig, cell: Cell) -> Any:
     """The causal decoder of a cell, patched with `own.spec` when there is one; N symbols and a padding token."""
     from transformers import BertConfig, BertLMHeadModel
-    from transformers.activations import ACT2FN
 
     size = config.model
-    if size.activation not in ACT2FN:
-        raise ConfigError(unknown("value for model.activation:", size.activation, ACT2FN))
+    check_activation(size.activation)
     model_config = BertConfig(
         vocab_size=max(cell.bases) + 1,
         pad_token_id=max(cell.bases),  # not a symbol: BERT's padding has no embedding that is trained
@@ -271,11 +244,7 @@ def build_decoder(config: SequencesConfig, own: Any, cell: Cell) -> Any:
         initializer_range=size.init_std,
         is_decoder=True,
     )
-    model_config = patched_config(own, model_config)
-    backend = attention_backend(own)
-    if backend:
-        model_config._attn_implementation = backend
-    return BertLMHeadModel(model_config)
+    return from_scratch(own, BertLMHeadModel, model_config)
 
 
 def eval_sets(config: SequencesConfig, cell: Cell) -> dict[str, dict[str, torch.Tensor]]:
@@ -289,34 +258,31 @@ def eval_sets(config: SequencesConfig, cell: Cell) -> dict[str, dict[str, torch.
     return sets
 
 
-def _trainer(config: SequencesConfig, own: Any, model: Any, cell: Cell, started: float) -> SequenceTrainer:
+def _trainer(config: SequencesConfig, own: CellConfig, model: Any, cell: Cell, started: float) -> SequenceTrainer:
     from transformers import TrainingArguments
 
     training, task = own.training, config.task
-    count = int(training.max_steps) * training.batch_size * training.gradient_accumulation
+    count = int(training.max_steps or 0) * training.batch_size * training.gradient_accumulation
     args = training_arguments(TrainingArguments, own)
     sampler = SentenceBatchSampler([task.length] * count, training.batch_size, own.seed, group=False)
-    callbacks = callbacks_for(own, sampler, args, started)
 
     def collate(rows: Sequence[int]) -> dict[str, torch.Tensor]:
         # By seed and rows alone: every spec sees the same sequences, and so does a run that was resumed.
         return batch_of(cell, task.length, len(rows), task.noise, generator_for(own.seed, *rows))
 
-    trainer = SequenceTrainer(
-        model=model,
-        args=args,
+    return build_trainer(
+        SequenceTrainer,
+        own,
+        args,
+        model,
+        sampler,
+        started,
         train_dataset=_Rows(count),
         eval_dataset=_Rows(task.eval_sequences),
-        callbacks=callbacks,
-        train_sampler=sampler,
         collator=collate,
-        auxiliary=has_loss_hooks(model),
-        keep_checkpoints=training.keep_checkpoints,
         cell=cell,
         eval_sets=eval_sets(config, cell),
     )
-    connect(trainer, callbacks)
-    return trainer
 
 
 def _checksum(sets: dict[str, dict[str, torch.Tensor]]) -> str:

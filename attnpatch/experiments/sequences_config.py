@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from attnpatch.experiments.sequence_tasks import Cell
-from attnpatch.training.config import CommonTraining, OutputConfig, at_least
+from attnpatch.training.config import at_least
 from attnpatch.training.errors import ConfigError
+from attnpatch.training.extra import DRAWING
+from attnpatch.training.run_config import CommonTraining, OutputConfig, RunConfig, ScriptConfig, check_heads
 
 
 @dataclass
@@ -36,8 +37,11 @@ class DecoderConfig:
 
 
 @dataclass
-class SequencesConfig:
+class SequencesConfig(ScriptConfig):
     """One run of scripts/train_sequences.py: all specs and seeds over the grid."""
+
+    packages: ClassVar[tuple[str, ...]] = DRAWING
+    again: ClassVar[str] = RunConfig.again
 
     specs: list[Any] = field(default_factory=lambda: ["stock", {"expressive": {"scale": 1.0}}])
     seeds: list[int] = field(default_factory=lambda: [1])
@@ -51,11 +55,7 @@ class SequencesConfig:
     output: OutputConfig = field(default_factory=lambda: OutputConfig(dir="runs/sequences"))
 
     def __post_init__(self) -> None:
-        if self.model.hidden_size % self.model.heads:
-            raise ConfigError(
-                f"model.hidden_size={self.model.hidden_size} does not divide into model.heads={self.model.heads} "
-                "heads; choose a hidden_size that is a multiple of heads"
-            )
+        check_heads(self.model, "hidden_size")
         if self.training.max_steps is None:
             raise ConfigError("training.max_steps is missing: sequences are drawn anew for ever, there are no epochs")
         for name in ("specs", "seeds"):
@@ -77,9 +77,13 @@ class SequencesConfig:
             raise ConfigError("task.bases and task.delays must each name at least one number")
         return [Cell(base, delay) for base in bases for delay in delays]
 
-    def as_dict(self) -> dict[str, Any]:
-        """The config as plain nested dicts, as it would stand in YAML."""
-        return dataclasses.asdict(self)
+
+@dataclass
+class CellConfig(RunConfig):
+    """The run of one spec and seed at one cell of the grid."""
+
+    training: CommonTraining = field(default_factory=CommonTraining)
+    output: OutputConfig = field(default_factory=OutputConfig)
 
 
 def _numbers(key: str, item: Any, low: int) -> tuple[int, ...]:

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 import attnpatch
 from attnpatch import figures
 from attnpatch.environment import available_cpus, machine, versions
-from attnpatch.errors import AttnpatchError, CheckpointError, one_line
 from attnpatch.experiments.value_aware_config import EXACT, ValueAwareConfig
 from attnpatch.functional import top_r_weights, value_aware_weights
 from attnpatch.pipeline import AttentionPipeline, pipeline_of
@@ -32,11 +30,12 @@ from attnpatch.training.blocks import FixedBlocks, make_blocks
 from attnpatch.training.bpe import load_fast_tokenizer
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.files import read_json, sha256_file
-from attnpatch.training.lm_modeling import FAMILIES, position_count
+from attnpatch.training.lm_modeling import FAMILIES, check_block_size
+from attnpatch.training.losses import token_loss
+from attnpatch.training.modeling import checkpoint_errors
 from attnpatch.training.results import count_parameters, write_results
 from attnpatch.training.runs import speaker
 from attnpatch.training.text import LineText, load_text, merge_text
-from attnpatch.training.trainer import token_loss
 
 LABELS = {"top_r": "top-r (OVO)", "norm": "weight x norm", "centered": "weight x distance", "oracle": "oracle (OVA)"}
 
@@ -128,10 +127,7 @@ def run(config: ValueAwareConfig) -> dict[str, Any]:
 def _load(config: ValueAwareConfig, name: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        inside = " (its model is in the folder model)" if (Path(name) / "model" / "config.json").is_file() else ""
-        raise CheckpointError(f"the folder {name} has no config.json, so it is not a model checkpoint{inside}")
-    try:
+    with checkpoint_errors(name):
         model_config = AutoConfig.from_pretrained(name)
         if model_config.model_type not in FAMILIES:
             raise TrainingError(
@@ -140,10 +136,6 @@ def _load(config: ValueAwareConfig, name: str) -> tuple[Any, Any]:
             )
         auto = AutoModelForCausalLM if model_config.is_decoder else AutoModelForMaskedLM
         model = auto.from_pretrained(name, dtype=torch.float32).eval()
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, AttnpatchError):
-            raise
-        raise CheckpointError(f"cannot load the model {name}: {one_line(error, 300)}") from error
     if config.device == "auto" and torch.cuda.is_available():
         model = model.cuda()
     return model, load_fast_tokenizer(name)
@@ -151,11 +143,7 @@ def _load(config: ValueAwareConfig, name: str) -> tuple[Any, Any]:
 
 def _blocks(config: ValueAwareConfig, model: Any, tokenizer: Any, text: LineText) -> FixedBlocks:
     size = config.data.block_size
-    if size > position_count(model.config):
-        raise TrainingError(
-            f"data.block_size={size} is more than the model's {position_count(model.config)} positions: choose at most "
-            "as many"
-        )
+    check_block_size(size, model)
     # Whole blocks alone: no query is padding then.
     blocks = make_blocks(text, tokenizer, size, keep_last=False)
     if len(blocks) < config.blocks:

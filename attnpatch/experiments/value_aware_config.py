@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from attnpatch.errors import unknown
 from attnpatch.training.config import at_least, one_of
 from attnpatch.training.errors import ConfigError
+from attnpatch.training.extra import DRAWING
 from attnpatch.training.mlm_config import MaskingConfig, TextConfig
+from attnpatch.training.run_config import ScriptConfig
 
 METHODS = ("top_r", "norm", "centered", "oracle")
 """OVO; the practical selectors, which need no oracle; OVA."""
@@ -27,8 +28,10 @@ class EvaluationOutput:
 
 
 @dataclass
-class ValueAwareConfig:
+class ValueAwareConfig(ScriptConfig):
     """One run of scripts/eval_value_aware.py."""
+
+    packages: ClassVar[tuple[str, ...]] = DRAWING
 
     # Trained language models, masked or causal: folders (scripts/train_mlm.py writes them as RUN/model) or hub ids.
     models: list[str] = field(default_factory=list)
@@ -61,7 +64,3 @@ class ValueAwareConfig:
                 raise ConfigError(f"r has {r!r}: a whole number of at least 1, or {EXACT}")
         if not self.data.test:
             raise ConfigError("data.test is empty: name the text to score")
-
-    def as_dict(self) -> dict[str, Any]:
-        """The config as plain nested dicts, as it would stand in YAML."""
-        return dataclasses.asdict(self)

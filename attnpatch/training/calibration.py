@@ -7,7 +7,7 @@ from typing import Any
 
 import attnpatch
 from attnpatch.training.batching import IGNORE, TranslationCollator, length_batches
-from attnpatch.training.config import MarianTrainingConfig
+from attnpatch.training.marian_config import MarianTrainingConfig
 
 PAIRS = 1024
 """Training pairs that the fit sees, evenly spaced: some 25,000 tokens, for at most 2 d_model features a projection."""

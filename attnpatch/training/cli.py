@@ -1,4 +1,4 @@
-"""The command line of the training scripts: arguments in, an exit code out."""
+"""The command line of the scripts: arguments in, an exit code out."""
 
 from __future__ import annotations
 
@@ -6,34 +6,43 @@ import importlib
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from attnpatch.errors import AttnpatchError, one_line
 
-FAILED, PAUSED, INTERRUPTED = 2, 75, 130
+WRONG, FAILED, PAUSED, INTERRUPTED = 1, 2, 75, 130
 
 
 def main(
     argv: Sequence[str],
     usage: str | None = None,
-    config_class: str = "attnpatch.training.config:MarianTrainingConfig",
+    config_class: str = "attnpatch.training.marian_config:MarianTrainingConfig",
     run: str = "attnpatch.training.marian:run",
+    default_config: Path | None = None,
 ) -> int:
-    """Runs an experiment; its config class and its function are given as module:name, so that a wrong config is
-    told before anything heavy is imported.
+    """Runs an experiment; its config class (a ScriptConfig) and its function are given as module:name, so that a
+    wrong config is told before anything heavy is imported.
 
-    Returns 0; 2 after an error, said in one sentence; 75 when it paused at its time limit; 130 after Ctrl-C.
+    Args:
+        argv: a config file, settings `key=value`, `--plugin MODULE`, `--debug`, `--help`.
+        usage: what `--help` prints.
+        default_config: read when argv names no config file.
+
+    Returns 0; 1 when a run found a result that must not be; 2 after an error, said in one sentence; 75 when it paused
+    at its time limit; 130 after Ctrl-C.
     """
     debug = "--debug" in argv
     words, plugins = _take_plugins([word for word in argv if word != "--debug"])
-    if "-h" in words or "--help" in words or not words:
+    if "-h" in words or "--help" in words or not (words or default_config):
         print((usage or __doc__ or "").strip())
         return 0 if words else FAILED
+    again = "starts afresh"
     try:
         from attnpatch.registry import import_plugin
         from attnpatch.training.config import load_config
-        from attnpatch.training.errors import ConfigError, RunPaused
-        from attnpatch.training.extra import TRAINING, require
+        from attnpatch.training.errors import ConfigError, RunPaused, WrongResult
+        from attnpatch.training.extra import require
 
         options = [word for word in words if word.startswith("-")]
         if options:
@@ -44,17 +53,22 @@ def main(
             if not name:
                 raise ConfigError("--plugin needs the name of a module: --plugin my_variants")
             import_plugin(name)
-        path = None if "=" in words[0] else words[0]
-        overrides = words if path is None else words[1:]
-        config = load_config(_named(config_class), path, overrides)
-        require(TRAINING)
+        path: str | Path | None = default_config
+        if words and "=" not in words[0]:
+            path = words.pop(0)
+        kind = _named(config_class)
+        config = load_config(kind, path, words)
+        again = kind.again
+        require(kind.packages)
         try:
             _named(run)(config)
         except RunPaused as pause:
             print(pause, file=sys.stderr)
             return PAUSED
+        except WrongResult as error:
+            return _failed(error, debug, WRONG)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C; the same command resumes from the last checkpoint", file=sys.stderr)
+        print(f"stopped by Ctrl-C; the same command {again}", file=sys.stderr)
         return INTERRUPTED
     except (AttnpatchError, OSError) as error:
         return _failed(error, debug)
@@ -89,8 +103,8 @@ def _is_disk(error: BaseException) -> bool:
     return "no space left" in text or "disk quota" in text or "file write failed" in text
 
 
-def _failed(error: BaseException, debug: bool) -> int:
+def _failed(error: BaseException, debug: bool, code: int = FAILED) -> int:
     if debug:
         traceback.print_exception(error)
     print(f"error: {one_line(error)}", file=sys.stderr)
-    return FAILED
+    return code

@@ -19,3 +19,7 @@ class TrainingError(AttnpatchError, RuntimeError):
 
 class RunPaused(TrainingError):
     """A run that ended at its time limit, with a checkpoint, and goes on when it is called again."""
+
+
+class WrongResult(AttnpatchError):
+    """A run that came to its end and found what must not be."""

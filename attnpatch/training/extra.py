@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from attnpatch.training.errors import TrainingError
 
 TRAINING = ("accelerate", "datasets", "evaluate", "sacrebleu", "sentencepiece")
-DEMO = (*TRAINING, "matplotlib")
+DRAWING = (*TRAINING, "matplotlib")
 REPORT = ("matplotlib", "scipy")
 
 

@@ -10,8 +10,8 @@ import torch
 
 from attnpatch.training.batching import IGNORE
 from attnpatch.training.blocks import BlockCollator, FixedBlocks
+from attnpatch.training.losses import token_loss
 from attnpatch.training.run_trainer import RunTrainer
-from attnpatch.training.trainer import token_loss
 
 
 class LanguageModelTrainer(RunTrainer):

@@ -11,29 +11,26 @@ from typing import Any
 
 import torch
 
-from attnpatch.atomic import write_text, writing_aside
-from attnpatch.auxiliary import has_loss_hooks
+from attnpatch.atomic import write_text
 from attnpatch.training.batching import SentenceBatchSampler, TokenBatchSampler, TranslationCollator
 from attnpatch.training.calibration import calibrates, patch_calibrated
-from attnpatch.training.config import MarianTrainingConfig
 from attnpatch.training.data import ParallelText, load_split, merge
 from attnpatch.training.errors import TrainingError
-from attnpatch.training.modeling import build_model, checkpoint_identity
-from attnpatch.training.results import count_parameters, write_results
+from attnpatch.training.marian_config import MarianTrainingConfig
+from attnpatch.training.marian_modeling import build_model
+from attnpatch.training.modeling import checkpoint_identity
+from attnpatch.training.results import count_parameters
+from attnpatch.training.run_folder import FREE_TRAINING, identity, resume_point
 from attnpatch.training.runs import (
-    FREE_TRAINING,
-    callbacks_for,
-    connect,
-    describe_run,
-    final_weights,
-    identity,
-    prepare_process,
-    process_state,
-    resume_point,
-    speaker,
+    Run,
+    build_trainer,
+    check_dev,
+    given_tokenizer,
+    start_run,
+    tokens_of,
+    train_and_score,
     training_arguments,
 )
-from attnpatch.training.runs import train as run_training
 from attnpatch.training.tokenizer import build_tokenizer, encode, load_tokenizer
 
 # Settings that do not change what is trained: they may differ when a run is resumed.
@@ -51,26 +48,19 @@ def run(config: MarianTrainingConfig) -> dict[str, Any]:
 
     Raises an AttnpatchError with one sentence for anything a person can mend.
     """
-    started = time.perf_counter()
-    prepare_process(config.training)
-    state = process_state(config.training)
-    out = Path(config.output.dir)
-    say = speaker(config.output.quiet, state.is_main_process)
-
+    run = start_run(config)
     texts = {split: load_split(config.data, split) for split in ("train", "dev")}
     texts["test"] = load_split(config.data, "test") if config.generation.test else []
     train = merge(texts["train"], "train")
     dev = merge(texts["dev"], "dev") if texts["dev"] else None
-    if dev is None and config.training.evaluate_every != "never":
-        raise TrainingError("data.dev is empty: name a dev set, or set training.evaluate_every=never")
-    say(f"data: {len(train):,} training pairs, {len(dev) if dev else 0:,} dev pairs, " + _count(texts["test"]))
+    check_dev(config, dev)
+    run.say(f"data: {len(train):,} training pairs, {len(dev) if dev else 0:,} dev pairs, " + _count(texts["test"]))
 
     pretrained = checkpoint_identity(config)
-    checkpoint = resume_point(
-        config, out, identity(config, FREE_SETTINGS, [file["sha256"] for file in train.files]), state
-    )
-    with state.main_process_first():
-        tokenizer = _tokenizer(config, train, out)
+    known_as = identity(config, FREE_SETTINGS, [file["sha256"] for file in train.files])
+    checkpoint = resume_point(config, run.out, known_as, run.state)
+    with run.state.main_process_first():
+        tokenizer = _tokenizer(config, train, run.out)
     from transformers import set_seed
 
     set_seed(config.seed)
@@ -79,44 +69,26 @@ def run(config: MarianTrainingConfig) -> dict[str, Any]:
     rows = _dataset(config, tokenizer, train, positions, training=True)
     calibration = patch_calibrated(config, model, rows) if calibrates(config) else None
     if calibration is not None:
-        say("; ".join(calibration["notes"]))
+        run.say("; ".join(calibration["notes"]))
     dev_rows = _dataset(config, tokenizer, dev, positions) if dev else None
-    trainer = _trainer(config, model, tokenizer, rows, dev_rows, dev, started)
-    parameters = count_parameters(model)
-    say(
-        f"model: {parameters['trainable']:,} trainable parameters, vocabulary {model.config.vocab_size:,}, "
-        f"spec {config.spec or 'stock'}, precision {'bf16' if trainer.args.bf16 else 'fp32'}, "
-        f"{torch.get_num_threads()} threads"
+    trainer = _trainer(run, model, tokenizer, rows, dev_rows, dev)
+    run.say(
+        f"model: {count_parameters(model)['trainable']:,} trainable parameters, vocabulary "
+        f"{model.config.vocab_size:,}, spec {config.spec or 'stock'}, "
+        f"precision {'bf16' if trainer.args.bf16 else 'fp32'}, {torch.get_num_threads()} threads"
     )
-    say(f"batches: {len(trainer.train_sampler)} an epoch over {state.num_processes} process(es)")
-    setup_seconds = time.perf_counter() - started
+    run.say(f"batches: {len(trainer.train_sampler)} an epoch over {run.state.num_processes} process(es)")
 
-    trained = run_training(trainer, checkpoint, say)
-    final = final_weights(config.training, trainer, out, trained, say)
-    if state.is_main_process:
-        with writing_aside(out / "model") as folder:
-            trainer.model.save_pretrained(str(folder))
-            tokenizer.save_pretrained(str(folder))
-    state.wait_for_everyone()
+    def score(name: str, text: ParallelText) -> tuple[dict[str, Any], str]:
+        scores = _score(run, trainer, tokenizer, text)
+        return scores, f"{name}: BLEU {scores['bleu']:.2f}  chrF {scores['chrf']:.2f}  ({scores['bleu_signature']})"
 
-    results = _describe(config, trainer, parameters, texts, final, started)
-    if calibration is not None:
-        results["calibration"] = calibration
-    if pretrained is not None:
-        results["pretrained"] = pretrained
-    results["scores"] = {}
-    results["seconds"]["setup"] = round(setup_seconds, 2)
-    test_started = time.perf_counter()
-    for text in texts["test"]:
-        scores = _score(config, trainer, tokenizer, text, out, state.is_main_process)
-        results["scores"][text.name] = scores
-        say(f"{text.name}: BLEU {scores['bleu']:.2f}  chrF {scores['chrf']:.2f}  ({scores['bleu_signature']})")
-    results["seconds"]["test"] = round(time.perf_counter() - test_started, 2)
-    results["seconds"]["this_process"] = round(time.perf_counter() - started, 2)
-    if state.is_main_process:
-        say(f"results: {write_results(out, results)}")
-    state.wait_for_everyone()
-    return results
+    def describe() -> dict[str, Any]:
+        own = {"calibration": calibration, "pretrained": pretrained}
+        return _describe(trainer, texts) | {key: value for key, value in own.items() if value is not None}
+
+    tests = [(text.name, text) for text in texts["test"]]
+    return train_and_score(run, trainer, checkpoint, "translation", describe, tests, score)
 
 
 def _count(texts: list[ParallelText]) -> str:
@@ -124,11 +96,9 @@ def _count(texts: list[ParallelText]) -> str:
 
 
 def _tokenizer(config: MarianTrainingConfig, train: ParallelText, out: Path) -> Any:
-    if config.tokenizer.path is not None:
-        return load_tokenizer(config.tokenizer.path)
-    if config.model.pretrained is not None:
-        kwargs = {"revision": config.model.revision} if config.model.revision else {}
-        return load_tokenizer(config.model.pretrained, **kwargs)
+    given = given_tokenizer(config, load_tokenizer)
+    if given is not None:
+        return given
     languages = (config.data.source_lang, config.data.target_lang)
     return build_tokenizer(
         config.tokenizer, train.sources, train.targets, languages, out / "tokenizer", config.model.max_positions
@@ -167,22 +137,13 @@ def _sampler(config: MarianTrainingConfig, rows: Any, processes: int) -> TokenBa
     return SentenceBatchSampler(lengths, training.batch_size, config.seed, processes, training.group_by_length)
 
 
-def _trainer(
-    config: MarianTrainingConfig,
-    model: Any,
-    tokenizer: Any,
-    rows: Any,
-    dev_rows: Any,
-    dev: ParallelText | None,
-    started: float,
-) -> Any:
+def _trainer(run: Run, model: Any, tokenizer: Any, rows: Any, dev_rows: Any, dev: ParallelText | None) -> Any:
     from transformers import Seq2SeqTrainingArguments
 
     from attnpatch.training.trainer import TranslationTrainer
 
+    config: MarianTrainingConfig = run.config
     args = training_arguments(Seq2SeqTrainingArguments, config, predict_with_generate=True)
-    sampler = _sampler(config, rows, args.world_size)
-    callbacks = callbacks_for(config, sampler, args, started)
     dev_scores = None
     if config.generation.dev_bleu and dev is not None:
 
@@ -190,25 +151,22 @@ def _trainer(
             scores = _translate_and_score(config, trainer, tokenizer, dev_rows, dev, config.generation.dev_beams)[1]
             return {"bleu": scores["bleu"], "chrf": scores["chrf"]}
 
-    trainer = TranslationTrainer(
-        model=model,
-        args=args,
+    return build_trainer(
+        TranslationTrainer,
+        config,
+        args,
+        model,
+        _sampler(config, rows, args.world_size),
+        run.started,
         train_dataset=rows,
         eval_dataset=dev_rows,
         processing_class=tokenizer,
-        callbacks=callbacks,
-        train_sampler=sampler,
         collator=TranslationCollator(model.config.pad_token_id, model.config.decoder_start_token_id),
         label_smoothing=config.training.label_smoothing,
-        # A checkpoint may be patched without the config naming a spec.
-        auxiliary=has_loss_hooks(model),
         eval_max_tokens=config.generation.max_tokens,
-        keep_checkpoints=config.training.keep_checkpoints,
         dev_scores=dev_scores,
         fused_decoding=config.training.attention == "auto",
     )
-    connect(trainer, callbacks)
-    return trainer
 
 
 def _translate_and_score(
@@ -225,9 +183,8 @@ def _translate_and_score(
     return hypotheses, scores
 
 
-def _score(
-    config: MarianTrainingConfig, trainer: Any, tokenizer: Any, text: ParallelText, out: Path, main: bool
-) -> dict[str, Any]:
+def _score(run: Run, trainer: Any, tokenizer: Any, text: ParallelText) -> dict[str, Any]:
+    config: MarianTrainingConfig = run.config
     positions = getattr(trainer.model.config, "max_position_embeddings", None) or 10**9
     rows = _dataset(config, tokenizer, text, positions)
     started = time.perf_counter()
@@ -236,30 +193,20 @@ def _score(
     stem = Path(text.name).name
     scores["hypotheses"] = f"{stem}.hypotheses.{config.data.target_lang}"
     scores["bleu_statistics"] = f"{stem}.bleu.tsv.gz"
-    if main:
+    if run.state.is_main_process:
         from attnpatch.training.bleu_statistics import bleu_statistics, write_statistics
 
         lines = [" ".join(line.split()) for line in hypotheses]
-        write_text(out / scores["hypotheses"], "".join(f"{line}\n" for line in lines))
+        write_text(run.out / scores["hypotheses"], "".join(f"{line}\n" for line in lines))
         generation = config.generation
-        rows = bleu_statistics(hypotheses, text.references, generation.lowercase, generation.tokenize)
-        write_statistics(out / scores["bleu_statistics"], rows)
+        counts = bleu_statistics(hypotheses, text.references, generation.lowercase, generation.tokenize)
+        write_statistics(run.out / scores["bleu_statistics"], counts)
     return scores
 
 
-def _describe(
-    config: MarianTrainingConfig,
-    trainer: Any,
-    parameters: dict[str, int],
-    texts: dict[str, list[ParallelText]],
-    final: list[str],
-    started: float,
-) -> dict[str, Any]:
-    progress = trainer.progress_now()
-    tokens = torch.tensor([progress.source_tokens, progress.target_tokens], device=trainer.args.device)
-    source, target = trainer.accelerator.reduce(tokens, "sum").tolist()
-    seconds = max(progress.train_seconds, 1e-9)
-    return describe_run("translation", config, trainer, parameters, final, started) | {
+def _describe(trainer: Any, texts: dict[str, list[ParallelText]]) -> dict[str, Any]:
+    source, target, seconds = tokens_of(trainer)
+    return {
         "tokens": {
             "source": source,
             "target": target,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
-from attnpatch.training.config import CommonTraining, OutputConfig, at_least, one_of
+from attnpatch.training.config import at_least, one_of
 from attnpatch.training.errors import ConfigError
+from attnpatch.training.run_config import CommonTraining, OutputConfig, RunConfig, check_heads
 
 
 @dataclass
@@ -78,12 +77,9 @@ class LanguageModelTraining(CommonTraining):
 
 
 @dataclass
-class MLMTrainingConfig:
+class MLMTrainingConfig(RunConfig):
     """One training run of scripts/train_mlm.py."""
 
-    spec: Any = None  # an attention spec; None or "stock": unchanged attention
-    init: str = field(default="preserve", metadata=one_of("preserve", "paper"))
-    seed: int = field(default=1, metadata=at_least(0))
     model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     data: TextConfig = field(default_factory=TextConfig)
     tokenizer: ByteLevelConfig = field(default_factory=ByteLevelConfig)
@@ -92,13 +88,8 @@ class MLMTrainingConfig:
     output: OutputConfig = field(default_factory=lambda: OutputConfig(dir="runs/mlm"))
 
     def __post_init__(self) -> None:
-        if self.spec in ("stock", "", "none"):
-            self.spec = None
-        if self.model.hidden_size % self.model.heads:
-            raise ConfigError(
-                f"model.hidden_size={self.model.hidden_size} does not divide into model.heads={self.model.heads} "
-                "heads; choose a hidden_size that is a multiple of heads"
-            )
+        super().__post_init__()
+        check_heads(self.model, "hidden_size")
         if self.masking.mask_share + self.masking.random_share > 1 + 1e-9:
             raise ConfigError(
                 f"masking.mask_share={self.masking.mask_share} and masking.random_share={self.masking.random_share} "
@@ -107,7 +98,3 @@ class MLMTrainingConfig:
         if self.data.streaming and self.data.hub_id is None:
             raise ConfigError("data.streaming=true reads from a hub: name the data set with data.hub_id")
         self.training.check()
-
-    def as_dict(self) -> dict[str, Any]:
-        """The config as plain nested dicts, as it would stand in YAML."""
-        return dataclasses.asdict(self)

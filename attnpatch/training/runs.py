@@ -1,31 +1,48 @@
-"""What every training run shares: its process, its folder and how it is resumed, its arguments, its final weights."""
+"""What every training run shares: its process, its arguments, the training itself, its final weights and results."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import os
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from attnpatch.atomic import write_json
+from attnpatch.atomic import writing_aside
+from attnpatch.auxiliary import has_loss_hooks
 from attnpatch.environment import available_cpus, cpu_has_bf16, machine, versions
 from attnpatch.errors import unknown
-from attnpatch.training.checkpoints import checkpoints, is_complete, last_complete, load_weights, read_record, step_of
-from attnpatch.training.config import CommonTraining
+from attnpatch.training.checkpoints import checkpoints, is_complete, load_weights, read_record, step_of
 from attnpatch.training.errors import ConfigError, RunPaused, TrainingError
-from attnpatch.training.files import read_json
-
-RUN_FILE = "run.json"
-FREE_TRAINING = {"resume", "log_every", "keep_checkpoints", "final", "average", "threads", "stop_after_minutes"}
-"""Keys of `training` that do not change what is trained."""
+from attnpatch.training.modeling import hub_arguments
+from attnpatch.training.results import count_parameters, write_results
+from attnpatch.training.run_config import CommonTraining
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run in this process."""
+
+    config: Any
+    started: float  # time.perf_counter()
+    state: Any  # accelerate's PartialState
+    out: Path
+    say: Say
+
+
+def start_run(config: Any) -> Run:
+    """Sets the process up for the run of a config with `training` and `output`."""
+    started = time.perf_counter()
+    prepare_process(config.training)
+    state = process_state(config.training)
+    return Run(config, started, state, Path(config.output.dir), speaker(config.output.quiet, state.is_main_process))
 
 
 def prepare_process(training: CommonTraining) -> None:
@@ -61,85 +78,6 @@ def speaker(quiet: bool, main: bool) -> Say:
             print(line, flush=True)
 
     return say
-
-
-# ---- the folder ----
-
-
-def identity(config: Any, free: Mapping[str, set[str] | None], training_text: list[str]) -> dict[str, Any]:
-    """What must be equal for a run to be resumed: all settings that bear on training, and the training text.
-
-    `free` names the keys of each section that may differ; None is the whole section.
-    """
-    tree: dict[str, Any] = config.as_dict()
-    for section, keys in free.items():
-        if keys is None:
-            del tree[section]
-        else:
-            tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
-    tree["training_text"] = training_text
-    return tree
-
-
-def resume_point(config: Any, out: Path, known_as: dict[str, Any], state: Any) -> Path | None:
-    """The checkpoint to go on from, if any; notes in the folder what runs in it.
-
-    Raises TrainingError when the folder holds another run.
-    """
-    checkpoint = last_complete(out)
-    known: Any = None
-    if (out / RUN_FILE).is_file():
-        try:
-            known = read_json(out / RUN_FILE)
-        except ValueError as error:
-            raise TrainingError(f"{out / RUN_FILE} is damaged ({error}): choose another output.dir") from error
-    holds = checkpoint is not None or any((out / name).exists() for name in ("results.json", "model"))
-    if config.training.resume == "never":
-        if known is not None and not config.output.overwrite:
-            raise TrainingError(
-                f"{out} already holds a run: choose another output.dir, resume it (training.resume=auto), or set "
-                "output.overwrite=true"
-            )
-        checkpoint = None
-        if state.is_main_process:
-            clear(out)
-    elif holds:
-        if known is None:
-            raise TrainingError(f"{out} holds a run, but not its {RUN_FILE}: choose another output.dir")
-        found = differences(known, known_as)
-        if found:
-            raise TrainingError(
-                f"{out} holds a run with other settings ({'; '.join(found[:4])}): choose another output.dir, or "
-                "set training.resume=never output.overwrite=true to start afresh"
-            )
-        world = read_record(checkpoint)["world_size"] if checkpoint is not None else state.num_processes
-        if world != state.num_processes:
-            raise TrainingError(
-                f"{checkpoint} was written by {world} process(es), this run has {state.num_processes}: resume with as "
-                "many, so that the batches stay the same"
-            )
-    state.wait_for_everyone()
-    if state.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / RUN_FILE, known_as, default=str)
-    return checkpoint
-
-
-def clear(out: Path) -> None:
-    """Deletes what an earlier run left behind."""
-    for folder in checkpoints(out):
-        shutil.rmtree(folder)
-    (out / "results.json").unlink(missing_ok=True)
-
-
-def differences(known: Any, now: Any, prefix: str = "") -> list[str]:
-    """Where two trees of settings differ, in words."""
-    if isinstance(known, dict) and isinstance(now, dict):
-        found = []
-        for key in sorted(known.keys() | now.keys()):
-            found += differences(known.get(key), now.get(key), f"{prefix}{key}.")
-        return found
-    return [] if known == now else [f"{prefix[:-1]}: {known!r} there, {now!r} here"]
 
 
 # ---- arguments ----
@@ -246,6 +184,38 @@ def callbacks_for(config: Any, sampler: Any, args: Any, started: float) -> list[
     return callbacks
 
 
+def build_trainer(kind: Any, config: Any, args: Any, model: Any, sampler: Any, started: float, **more: Any) -> Any:
+    """A RunTrainer of the class `kind` with the callbacks of a run. `more`: its other arguments."""
+    callbacks = callbacks_for(config, sampler, args, started)
+    trainer = kind(
+        model=model,
+        args=args,
+        callbacks=callbacks,
+        train_sampler=sampler,
+        # A checkpoint may be patched without the config naming a spec.
+        auxiliary=has_loss_hooks(model),
+        keep_checkpoints=config.training.keep_checkpoints,
+        **more,
+    )
+    connect(trainer, callbacks)
+    return trainer
+
+
+def check_dev(config: Any, dev: Any) -> None:
+    """Raises TrainingError when there is no dev set to evaluate on."""
+    if dev is None and config.training.evaluate_every != "never":
+        raise TrainingError("data.dev is empty: name a dev set, or set training.evaluate_every=never")
+
+
+def given_tokenizer(config: Any, load: Callable[..., Any]) -> Any | None:
+    """The tokenizer that `tokenizer.path` or the checkpoint brings; None when one is to be made."""
+    if config.tokenizer.path is not None:
+        return load(config.tokenizer.path)
+    if config.model.pretrained is not None:
+        return load(config.model.pretrained, **hub_arguments(config))
+    return None
+
+
 # ---- training ----
 
 
@@ -303,6 +273,56 @@ def final_weights(training: CommonTraining, trainer: Any, out: Path, trained: bo
         load_weights(model, chosen)
         say(f"final weights ({choice}): {', '.join(folder.name for folder in chosen)}")
     return [folder.name for folder in chosen]
+
+
+def train_and_score(
+    run: Run,
+    trainer: Any,
+    checkpoint: Path | None,
+    experiment: str,
+    describe: Callable[[], dict[str, Any]],
+    tests: Sequence[tuple[str, Any]],
+    score: Callable[[str, Any], tuple[dict[str, Any], str]],
+) -> dict[str, Any]:
+    """The second half of a run: trains, keeps the final model, scores it, writes results.json and returns its content.
+
+    Args:
+        checkpoint: to go on from.
+        describe: called when training is over; what results.json says beside `describe_run`.
+        tests: the test sets and their names.
+        score: the scores of one of them, and a line about them for the screen.
+    """
+    parameters = count_parameters(trainer.model)
+    setup_seconds = time.perf_counter() - run.started
+    trained = train(trainer, checkpoint, run.say)
+    final = final_weights(run.config.training, trainer, run.out, trained, run.say)
+    if run.state.is_main_process:
+        with writing_aside(run.out / "model") as folder:
+            trainer.model.save_pretrained(str(folder))
+            trainer.processing_class.save_pretrained(str(folder))
+    run.state.wait_for_everyone()
+
+    results = describe_run(experiment, run.config, trainer, parameters, final, run.started) | describe()
+    results["scores"] = {}
+    results["seconds"]["setup"] = round(setup_seconds, 2)
+    test_started = time.perf_counter()
+    for name, test in tests:
+        results["scores"][name], line = score(name, test)
+        run.say(line)
+    results["seconds"]["test"] = round(time.perf_counter() - test_started, 2)
+    results["seconds"]["this_process"] = round(time.perf_counter() - run.started, 2)
+    if run.state.is_main_process:
+        run.say(f"results: {write_results(run.out, results)}")
+    run.state.wait_for_everyone()
+    return results
+
+
+def tokens_of(trainer: Any) -> tuple[int, int, float]:
+    """Tokens read and predicted by all processes, and the seconds of training proper."""
+    progress = trainer.progress_now()
+    tokens = torch.tensor([progress.source_tokens, progress.target_tokens], device=trainer.args.device)
+    read, predicted = trainer.accelerator.reduce(tokens, "sum").tolist()
+    return read, predicted, max(progress.train_seconds, 1e-9)
 
 
 # ---- results ----

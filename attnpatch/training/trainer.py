@@ -9,11 +9,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import Seq2SeqTrainer
 
 from attnpatch.training.batching import IGNORE, length_batches
 from attnpatch.training.decoding import BeamCache, attention_of_decoding, lean_generation
+from attnpatch.training.losses import token_loss
 from attnpatch.training.run_trainer import RunTrainer
 
 
@@ -126,13 +126,3 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
         for indices in batches[self.args.process_index :: self.args.world_size]:
             batch = self.data_collator(data.select(indices).to_list())
             yield indices, self._prepare_inputs(batch)
-
-
-def token_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Sum over target tokens of the cross-entropy with labels smoothed by `smoothing` (uniform over the vocabulary).
-
-    logits [B, T, V], labels [B, T] with -100 in padding; float32, unless the logits are float64.
-    """
-    flat = logits.reshape(-1, logits.shape[-1])
-    flat = flat if flat.dtype == torch.float64 else flat.float()
-    return F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORE, label_smoothing=smoothing, reduction="sum")

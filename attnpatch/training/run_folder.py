@@ -1,0 +1,114 @@
+"""The folder of a run: what runs in it, whether that may be gone on with, and from which checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attnpatch.atomic import write_json
+from attnpatch.training.checkpoints import checkpoints, last_complete, read_record
+from attnpatch.training.errors import TrainingError
+from attnpatch.training.files import read_json
+
+RUN_FILE = "run.json"
+FREE_TRAINING = {"resume", "log_every", "keep_checkpoints", "final", "average", "threads", "stop_after_minutes"}
+"""Keys of `training` that do not change what is trained."""
+
+
+def identity(config: Any, free: Mapping[str, set[str] | None], training_text: list[str]) -> dict[str, Any]:
+    """What must be equal for a run to be resumed: all settings that bear on training, and the training text.
+
+    `free` names the keys of each section that may differ; None is the whole section.
+    """
+    tree: dict[str, Any] = config.as_dict()
+    for section, keys in free.items():
+        if keys is None:
+            del tree[section]
+        else:
+            tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
+    tree["training_text"] = training_text
+    return tree
+
+
+def resume_point(config: Any, out: Path, known_as: dict[str, Any], state: Any) -> Path | None:
+    """The checkpoint to go on from, if any; notes in the folder what runs in it.
+
+    Raises TrainingError when the folder holds another run.
+    """
+    checkpoint = last_complete(out)
+    holds = checkpoint is not None or any((out / name).exists() for name in ("results.json", "model"))
+    if not may_go_on(config, out, known_as, holds):
+        checkpoint = None
+        if state.is_main_process:
+            clear(out)
+    elif checkpoint is not None:
+        world = read_record(checkpoint)["world_size"]
+        if world != state.num_processes:
+            raise TrainingError(
+                f"{checkpoint} was written by {world} process(es), this run has {state.num_processes}: resume with as "
+                "many, so that the batches stay the same"
+            )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        claim(out, known_as)
+    return checkpoint
+
+
+def may_go_on(config: Any, out: Path, known_as: dict[str, Any], holds: bool) -> bool:
+    """Whether to go on with what is in the folder; False: what an earlier run left there is to be cleared away.
+
+    Args:
+        known_as: the identity of this run.
+        holds: whether the folder holds results or parts of them, which are to be compared with it.
+
+    Raises:
+        TrainingError: it holds another run, or one that must not be overwritten.
+    """
+    known: Any = None
+    if (out / RUN_FILE).is_file():
+        try:
+            known = read_json(out / RUN_FILE)
+        except ValueError as error:
+            raise TrainingError(f"{out / RUN_FILE} is damaged ({error}): choose another output.dir") from error
+    if config.training.resume == "never":
+        if known is not None and not config.output.overwrite:
+            raise TrainingError(
+                f"{out} already holds a run: choose another output.dir, resume it (training.resume=auto), or set "
+                "output.overwrite=true"
+            )
+        return False
+    if holds:
+        if known is None:
+            raise TrainingError(f"{out} holds a run, but not its {RUN_FILE}: choose another output.dir")
+        found = differences(known, known_as)
+        if found:
+            raise TrainingError(
+                f"{out} holds a run with other settings ({'; '.join(found[:4])}): choose another output.dir, or "
+                "set training.resume=never output.overwrite=true to start afresh"
+            )
+    return True
+
+
+def claim(out: Path, known_as: dict[str, Any]) -> None:
+    """Notes in the folder what runs in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / RUN_FILE, known_as, default=str)
+
+
+def clear(out: Path) -> None:
+    """Deletes what an earlier run left behind."""
+    for folder in checkpoints(out):
+        shutil.rmtree(folder)
+    (out / "results.json").unlink(missing_ok=True)
+
+
+def differences(known: Any, now: Any, prefix: str = "") -> list[str]:
+    """Where two trees of settings differ, in words."""
+    if isinstance(known, dict) and isinstance(now, dict):
+        found = []
+        for key in sorted(known.keys() | now.keys()):
+            found += differences(known.get(key), now.get(key), f"{prefix}{key}.")
+        return found
+    return [] if known == now else [f"{prefix[:-1]}: {known!r} there, {now!r} here"]
