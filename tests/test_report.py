@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def test_one_seed_and_equal_differences_allow_no_test() -> None:
 def test_one_seed_says_so_in_the_report(tmp_path: Path) -> None:
     write_report(put(tmp_path, result(), result("neural", value=19.0)), tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert "neural: no test is possible with one common seed." in text
+    assert "- neural: no test is possible with one common seed." in text
     assert "no test |" in text
 
 
@@ -268,6 +269,83 @@ def test_a_grid_of_sequences(tmp_path: Path) -> None:
     row = document["experiments"]["sequences"]["metrics"]["mean of the grid: accuracy"]["rows"][1]
     assert row["against"]["mean"] == pytest.approx(((0.9 - 0.5) + (0.75 - 0.6)) / 2)
     assert row["against"]["better"] == 2
+
+
+def test_other_data_in_another_folder_is_another_section(tmp_path: Path) -> None:
+    ours = put(tmp_path / "ours", result(), result("neural", value=19.0))
+    other = [{"files": [{"path": "x", "sha256": "other"}]}]
+    put(tmp_path / "theirs", result(data__test=other), result("neural", value=30.0, data__test=other))
+    document = write_report([tmp_path], tmp_path / "out")
+    assert list(document["experiments"]) == ["mlm (ours)", "mlm (theirs)"]
+    differences = [
+        section["metrics"]["test: perplexity"]["rows"][1]["against"]["mean"]
+        for section in document["experiments"].values()
+    ]
+    assert differences == [pytest.approx(-1.0), pytest.approx(10.0)]
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "they are not compared" in text
+    # A third folder with both kinds ties them together, and cannot be reported.
+    put(tmp_path / "mixed", result(seed=3), result(seed=4, data__test=other))
+    with pytest.raises(ReportError, match="the test data differ"):
+        write_report([tmp_path], tmp_path / "again")
+    # The same data in two folders is one section.
+    put(tmp_path / "more", result(seed=2))
+    together = write_report([tmp_path / "more", *ours], tmp_path / "again")
+    assert list(together["experiments"]) == ["mlm"]
+
+
+def test_links_lead_to_the_figures(tmp_path: Path) -> None:
+    tree = result(experiment="value_aware masked")
+    write_report(put(tmp_path, tree), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((.+)\)", text)
+    assert len(links) == 3
+    assert all(" " not in link and (tmp_path / "out" / link).is_file() for link in links)
+
+
+def test_a_comparison_across_settings_says_so(tmp_path: Path) -> None:
+    fast = {"config__training__learning_rate": 0.2}
+    runs = [result(seed=1), result(seed=2), result("neural", value=19.0), result("neural", value=18.0, **fast)]
+    write_report(put(tmp_path / "a", *runs), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    name = "neural [training.learning_rate=0.2]"
+    assert f"- {name}: no stock run has the same settings, so it is compared with stock" in text
+    write_report(put(tmp_path / "b", *runs, result(seed=1, **fast)), tmp_path / "out")
+    assert "no stock run has" not in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    write_report(put(tmp_path / "c", result("neural")), tmp_path / "out")
+    assert "- neural: no stock run to compare with." in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+def test_another_checkpoint_is_another_setting(tmp_path: Path) -> None:
+    def from_checkpoint(sha: str, folder: str, **changes: Any) -> dict[str, Any]:
+        start = {"name": folder, "weights_sha256": [sha * 64]}
+        return result(**changes, pretrained=start, config__model={"pretrained": folder})
+
+    runs = from_checkpoint("a", "here", seed=1), from_checkpoint("a", "there", seed=2), from_checkpoint("b", "here")
+    labels = [run.label for run in group(load_runs(find_results(put(tmp_path, *runs))))["mlm"]]
+    assert labels == ["stock", "stock", f"stock [model.pretrained={'b' * 12}]"]
+
+
+def test_the_whole_results_folder(tmp_path: Path) -> None:
+    """Files of other kinds lie in it, and runs of several studies."""
+    document = write_report([RESULTS], tmp_path)
+    assert {Path(name).name for name in document["files"]} == {"results.json"}
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for section in document["experiments"].values():
+        for name in section["figures"]:
+            assert f"({name}.png)" in text
+            assert (tmp_path / f"{name}.svg").stat().st_size > 1000
+    rows = {
+        row["variant"]: row
+        for name, section in document["experiments"].items()
+        if name.startswith("translation")
+        for metric, table in section["metrics"].items()
+        if metric == "test_2016_flickr: BLEU"
+        for row in table["rows"]
+    }
+    (found,) = rows["neural"]["bootstrap"]
+    assert found["difference"] == pytest.approx(rows["neural"]["against"]["mean"], abs=1e-3)
+    assert found["sentences"] == 1000
 
 
 def test_a_missing_package_is_one_sentence(

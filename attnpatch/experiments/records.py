@@ -14,10 +14,12 @@ from typing import Any
 from attnpatch.errors import AttnpatchError, one_line
 from attnpatch.spec import AttentionSpec
 
-HIGHER = ("accuracy", "bleu", "chrf", "f1", "matthews", "mcc", "pearson", "spearman")
-LOWER = ("perplexity", "loss", "output_error", "ece", "mmd")
-SHOWN = {"bleu": "BLEU", "chrf": "chrF", "f1": "F1", "mcc": "MCC", "ece": "ECE", "mmd": "MMD"}
+HIGHER = ("accuracy", "bleu", "chrf")
+LOWER = ("perplexity", "loss", "output_error")
+SHOWN = {"bleu": "BLEU", "chrf": "chrF"}
 STOCK = "stock"
+ORDER = ("translation", "mlm", "clm", "sequences", "value_aware")
+"""Of the sections, paper by paper: neural, expressive, value-aware; what is not named comes after."""
 
 # Settings that are not part of what is compared, or that are shown by other means.
 _IGNORED_SECTIONS = ("spec", "specs", "init", "seed", "seeds", "output", "generation")
@@ -30,6 +32,7 @@ _IGNORED = {
     "training.keep_checkpoints",
     "training.threads",
     "training.device",
+    "training.precision",  # what it came to is shown
     "training.attention",
     "training.stop_after_minutes",
     "training.eval_batch_size",
@@ -73,6 +76,7 @@ class Run:
     signature: dict[str, Any] = field(default_factory=dict)  # test -> what must be equal
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # name -> (step, loss)
     environment: dict[str, str] = field(default_factory=dict)
+    statistics: dict[str, Path] = field(default_factory=dict)  # test -> BLEU's counts, sentence by sentence
     label: str = ""  # the variant with the settings in which it differs from most other runs
 
     @property
@@ -145,7 +149,9 @@ def _read(path: Path) -> list[Run]:
 
 def _one_run(path: Path, data: Mapping[str, Any]) -> list[Run]:
     """A run of one model: translation, mlm, clm and whatever has `scores` of that shape."""
-    scores, signature = {}, {}
+    scores: dict[Metric, float] = {}
+    signature: dict[str, Any] = {}
+    statistics: dict[str, Path] = {}
     for test, values in data["scores"].items():
         for name in (*HIGHER, *LOWER):
             value = values.get(name)
@@ -154,9 +160,18 @@ def _one_run(path: Path, data: Mapping[str, Any]) -> list[Run]:
                     continue  # the same thing twice
                 scores[Metric(test, name)] = float(value)
         signature[test] = {key: values[key] for key in _SIGNATURE if key in values}
+        kept = path.parent / str(values.get("bleu_statistics", ""))
+        if kept.is_file():
+            statistics[test] = kept
     if data.get("tokenizer"):
         signature["tokenizer"] = data["tokenizer"]["sha256"]
     config = data.get("config") or {}
+    settings = _flat(config)
+    if "precision" in data:
+        settings["precision"] = data["precision"]
+    weights = (data.get("pretrained") or {}).get("weights_sha256")
+    if weights:  # the same checkpoint may lie elsewhere, and another one in its place
+        settings["model.pretrained"] = ", ".join(value[:12] for value in weights)
     return [
         Run(
             str(path),
@@ -165,11 +180,12 @@ def _one_run(path: Path, data: Mapping[str, Any]) -> list[Run]:
             data["seed"],
             data["parameters"]["trainable"],
             scores,
-            _flat(config),
+            settings,
             _checksums(data["data"]),
             signature,
             _curves(data.get("dev", []), data.get("train", [])),
             _environment(data),
+            statistics,
         )
     ]
 
@@ -295,22 +311,65 @@ def _environment(data: Mapping[str, Any]) -> dict[str, str]:
 def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Runs by experiment, checked: the same data and measurement throughout, no seed of a variant twice.
 
-    Fills each run's `label`. Raises ReportError that names the files that do not belong together.
+    Runs of an experiment on other data, or measured otherwise, are a group of their own when they lie in another
+    folder (FOLDER/RUN/results.json); in the same folder they are refused. Groups are in the papers' order, and named
+    by the experiment, with the folders where there are several. Fills each run's `label`. Raises ReportError that
+    names the files that do not belong together.
     """
     experiments: dict[str, list[Run]] = {}
     for run in runs:
         experiments.setdefault(run.experiment, []).append(run)
-    for name, members in experiments.items():
-        _check_same(name, members)
-        _set_labels(members)
-        seen: dict[tuple[str, int | None], Run] = {}
-        for run in members:
-            other = seen.setdefault((run.label, run.seed), run)
-            if other is not run:
-                raise ReportError(
-                    f"{other.path} and {run.path} are both {name}, {run.label}, seed {run.seed}: leave one out"
-                )
-    return experiments
+    groups: dict[str, list[Run]] = {}
+    for name in sorted(experiments, key=_place):
+        for title, members in _studies(name, experiments[name]).items():
+            _check_same(title, members)
+            _set_labels(members)
+            _refuse_twins(title, members)
+            groups[title] = members
+    return groups
+
+
+def _place(experiment: str) -> tuple[int, str]:
+    first = experiment.partition(" ")[0]
+    return (ORDER.index(first) if first in ORDER else len(ORDER), experiment)
+
+
+def _studies(name: str, members: Sequence[Run]) -> dict[str, list[Run]]:
+    """What can be compared, by a title; runs of one folder always share a study."""
+    studies: list[tuple[set[str], set[Path], list[Run]]] = []
+    for run in members:
+        key, folder = _measurement(run), Path(run.path).absolute().parent.parent
+        mine = [study for study in studies if key in study[0] or folder in study[1]]
+        joined = ({key}, {folder}, [run])
+        for study in mine:
+            studies.remove(study)
+        studies.append(
+            (
+                joined[0].union(*(study[0] for study in mine)),
+                joined[1].union(*(study[1] for study in mine)),
+                [other for study in mine for other in study[2]] + [run],
+            )
+        )
+    if len(studies) == 1:
+        return {name: list(members)}
+    titles = [f"{name} ({', '.join(sorted({folder.name for folder in study[1]}))})" for study in studies]
+    if len(set(titles)) < len(titles):
+        titles = [f"{name} ({', '.join(sorted(map(str, study[1])))})" for study in studies]
+    return {title: study[2] for title, study in zip(titles, studies, strict=True)}
+
+
+def _measurement(run: Run) -> str:
+    return json.dumps([run.data, run.signature], sort_keys=True)
+
+
+def _refuse_twins(name: str, members: Sequence[Run]) -> None:
+    seen: dict[tuple[str, int | None], Run] = {}
+    for run in members:
+        other = seen.setdefault((run.label, run.seed), run)
+        if other is not run:
+            raise ReportError(
+                f"{other.path} and {run.path} are both {name}, {run.label}, seed {run.seed}: leave one out"
+            )
 
 
 def _check_same(name: str, members: Sequence[Run]) -> None:
@@ -339,7 +398,7 @@ def _refuse_unless_equal(members: Sequence[Run], key: Any, message: str, what: s
     if len(kinds) < 2:
         return
     listed = "; ".join(f"{', '.join(dict.fromkeys(paths))} ({what} {_short(kind)})" for kind, paths in kinds.items())
-    raise ReportError(f"{message}: {listed}. Report them one by one")
+    raise ReportError(f"{message}: {listed}. Report them one by one, or keep each kind in a folder of its own")
 
 
 def _short(kind: Any) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from attnpatch import figures
 from attnpatch.atomic import write_json, write_text
+from attnpatch.experiments import bootstrap
+from attnpatch.experiments.bootstrap import Bootstrap
 from attnpatch.experiments.records import STOCK, Metric, Run, find_results, group, load_runs, metrics_of
 from attnpatch.experiments.statistics import TEST, Comparison, compare, summary
 
@@ -29,16 +32,23 @@ class Row:
     deviation: float | None
     baseline: str | None
     against: Comparison | None
+    same_settings: bool = True  # of variant and baseline
+    bootstrap: list[Bootstrap] = field(default_factory=list)  # of BLEU, by seed
 
 
 @dataclass
 class Section:
-    """An experiment: its runs, and a table for each metric."""
+    """An experiment on one kind of data: its runs, and a table for each metric."""
 
     experiment: str
     runs: list[Run]
     tables: dict[Metric, list[Row]]
     figures: list[str]
+
+    @property
+    def slug(self) -> str:
+        """For file names and links."""
+        return re.sub(r"[^\w.-]+", "-", self.experiment).strip("-")
 
     @property
     def notes(self) -> list[str]:
@@ -65,11 +75,15 @@ def write_report(paths: Iterable[str | Path], output: str | Path) -> dict[str, A
     sections = []
     for name, runs in experiments.items():
         tables = {metric: _rows(runs, metric) for metric in metrics_of(runs)}
+        for metric, rows in tables.items():
+            if metric.name == "bleu":
+                _bootstrap(runs, metric, rows)
         sections.append(Section(name, runs, tables, []))
     for section in sections:
         section.figures = _draw(section, out)
     document = {
         "test": TEST,
+        "bootstrap": bootstrap.TEST,
         "files": [str(path) for path in files],
         "experiments": {section.experiment: _to_dict(section) for section in sections},
     }
@@ -88,26 +102,40 @@ def _rows(runs: Sequence[Run], metric: Metric) -> list[Row]:
             continue
         scores = {run.seed: run.scores[metric] for run in members}
         mean, deviation, _ = summary(scores)
-        base = _baseline(members[0], by_label)
+        base, same = _baseline(members[0], by_label)
         against = None
         if base is not None:
             stock = {run.seed: run.scores[metric] for run in by_label[base] if run.seed is not None}
             own = {seed: value for seed, value in scores.items() if seed is not None}
             against = compare(own, stock, metric.higher_is_better)
         parameters = members[0].parameters
-        rows.append(Row(label, parameters, list(scores), list(scores.values()), mean, deviation, base, against))
+        rows.append(Row(label, parameters, list(scores), list(scores.values()), mean, deviation, base, against, same))
     return rows
 
 
-def _baseline(run: Run, by_label: dict[str, list[Run]]) -> str | None:
-    """The stock runs with the same settings, or else those with the usual ones."""
+def _baseline(run: Run, by_label: dict[str, list[Run]]) -> tuple[str | None, bool]:
+    """The stock runs with the same settings, or else those with the usual ones; and whether they are the same."""
     if run.is_stock and run.label == STOCK:
-        return None
+        return None, True
     suffix = run.label.removeprefix(run.variant)
     for label in (STOCK + suffix, STOCK):
         if by_label.get(label) and label != run.label:
-            return label
-    return None
+            return label, label == STOCK + suffix
+    return None, run.is_stock
+
+
+def _bootstrap(runs: Sequence[Run], metric: Metric, rows: Sequence[Row]) -> None:
+    """Fills the rows' `bootstrap`, where both runs of a seed kept BLEU's counts."""
+    kept: dict[tuple[str, int | None], bootstrap.Rows] = {}
+    for run in runs:
+        if metric.test in run.statistics:
+            kept[run.label, run.seed] = bootstrap.load(run.statistics[metric.test], run.scores[metric])
+    for base, seed in [key for key in kept if key[0].startswith(STOCK)]:
+        rivals = {row.variant: row for row in rows if row.baseline == base and (row.variant, seed) in kept}
+        if rivals:
+            found = bootstrap.compare_systems(kept[base, seed], {name: kept[name, seed] for name in rivals}, seed)
+            for name, result in found.items():
+                rivals[name].bootstrap.append(result)
 
 
 def _to_dict(section: Section) -> dict[str, Any]:
@@ -143,6 +171,8 @@ def _markdown(sections: Sequence[Section]) -> str:
         "is not corrected for the number of comparisons.",
         "",
     ]
+    if len({section.runs[0].experiment for section in sections}) < len(sections):
+        lines += ["Sections of one experiment are on other data, or measured otherwise: they are not compared.", ""]
     for section in sections:
         lines += [f"## {section.experiment}", ""]
         for split, sums in section.runs[0].data.items():
@@ -156,6 +186,7 @@ def _markdown(sections: Sequence[Section]) -> str:
         for metric, rows in shown:
             arrow = "higher" if metric.higher_is_better else "lower"
             lines += [f"### {metric} ({arrow} is better)", "", *_table(rows), ""]
+            lines += _bootstrap_table(rows)
         if len(shown) < len(tables):
             lines += [f"{len(tables) - len(shown)} more metrics are in report.json.", ""]
         lines += [f"![{name}]({name}.png)" for name in section.figures] + [""]
@@ -167,14 +198,43 @@ def _table(rows: Sequence[Row]) -> list[str]:
     lines = ["| " + " | ".join(headings) + " |", "| --- " + "| ---: " * (len(headings) - 1) + "|"]
     for row in rows:
         lines.append("| " + " | ".join(_cells(row)) + " |")
-    reasons = dict.fromkeys(
-        f"{row.variant}: {row.against.reason}." for row in rows if row.against and row.against.reason
-    )
-    missing = [
-        f"{row.variant}: no seed in common with {row.baseline}." for row in rows if row.baseline and not row.against
+    # One sentence for each thing to know, with all rows that it is about.
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        for note in _row_notes(row):
+            notes.setdefault(note, []).append(row.variant)
+    return [*lines, "", *(f"- {', '.join(names)}: {note}." for note, names in notes.items())] if notes else lines
+
+
+def _row_notes(row: Row) -> list[str]:
+    notes = []
+    if row.baseline is None and row.variant != STOCK:
+        notes.append("no stock run to compare with")
+    elif row.baseline is not None and not row.same_settings:
+        other = "compared" if row.variant.startswith(STOCK) else "no stock run has the same settings, so it is compared"
+        notes.append(f"{other} with {row.baseline}, which has other settings")
+    if row.baseline is not None and row.against is None:
+        notes.append(f"no seed in common with {row.baseline}")
+    if row.against is not None and row.against.reason:
+        notes.append(row.against.reason)
+    return notes
+
+
+def _bootstrap_table(rows: Sequence[Row]) -> list[str]:
+    found = [(row, result) for row in rows for result in row.bootstrap]
+    if not found:
+        return []
+    first = found[0][1]
+    lines = [
+        f"Within each seed, {bootstrap.TEST}: {first.samples:,} resamples of {first.sentences:,} sentences, random "
+        f"seed {first.random_seed}. It says how far the choice of test sentences explains a difference, and nothing of "
+        "other training seeds.",
+        "",
+        "| variant | seed | difference to stock | p (bootstrap) |",
+        "| --- | ---: | ---: | ---: |",
     ]
-    notes = [*reasons, *missing]
-    return [*lines, "", *notes] if notes else lines
+    lines += [f"| {row.variant} | {result.seed} | {result.difference:+.2f} | {result.p:.3f} |" for row, result in found]
+    return [*lines, ""]
 
 
 def _cells(row: Row) -> list[str]:
@@ -199,12 +259,12 @@ def _draw(section: Section, out: Path) -> list[str]:
     names = []
     for kind in ("dev loss", "training loss"):
         if any(run.curves.get(kind) for run in section.runs):
-            name = f"{section.experiment}-{kind.replace(' ', '-')}"
+            name = f"{section.slug}-{kind.replace(' ', '-')}"
             _curves(section, kind, out / name)
             names.append(name)
     metric, rows = next(iter(section.tables.items()))
     if any(row.parameters is not None for row in rows):
-        name = f"{section.experiment}-parameters"
+        name = f"{section.slug}-parameters"
         _against_parameters(metric, rows, out / name)
         names.append(name)
     return names
@@ -218,31 +278,43 @@ def _look(section_labels: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def _curves(section: Section, kind: str, stem: Path) -> None:
-    """A thin line for each seed, and the mean over those that reached a step as a thick one."""
-    figure, axes = figures.pyplot().subplots(figsize=(6.4, 4), layout="constrained")
+    """The mean over those seeds that have a step; of several, a band from their lowest to their highest."""
+    figure, axes = figures.pyplot().subplots(figsize=(7.2, 4.2), layout="constrained")
     labels = [row.variant for row in next(iter(section.tables.values()))]
+    banded = False
     for label, (color, _) in _look(labels).items():
         members = [run.curves[kind] for run in section.runs if run.label == label and run.curves.get(kind)]
         if not members:
             continue
         by_step: dict[float, list[float]] = {}
         for points in members:
-            if len(members) > 1:
-                axes.plot(*zip(*points, strict=True), color=color, linewidth=0.6, alpha=0.5)
             for step, loss in points:
                 by_step.setdefault(step, []).append(loss)
         steps = sorted(step for step, values in by_step.items() if len(values) == len(members))
-        means = [statistics.fmean(by_step[step]) for step in steps]
-        axes.plot(steps, means, color=color, linewidth=1.8, label=f"{label} (n={len(members)})")
+        values = [by_step[step] for step in steps]
+        marker = "." if len(steps) < 12 else None
+        means = [statistics.fmean(losses) for losses in values]
+        axes.plot(steps, means, color=color, linewidth=1.6, marker=marker, label=f"{label} (n={len(members)})")
+        if len(members) > 1:
+            banded = True
+            axes.fill_between(steps, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2, lw=0)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel(kind)
-    axes.set_title(section.experiment)
-    figures.plain(axes).legend(frameon=False, fontsize=8)
+    axes.set_title(section.experiment + (": mean and range over seeds" if banded else ""), fontsize=10)
+    figures.plain(axes)
+    _legend(figure, axes)
     figures.save(figure, stem)
 
 
+def _legend(figure: Any, axes: Any) -> None:
+    """Below the axes, where it hides nothing: in two columns when the labels are short."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 1 if max(map(len, labels), default=0) > 45 else 2
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+
+
 def _against_parameters(metric: Metric, rows: Sequence[Row], stem: Path) -> None:
-    figure, axes = figures.pyplot().subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = figures.pyplot().subplots(figsize=(7.2, 4.2), layout="constrained")
     for (label, (color, marker)), row in zip(_look([row.variant for row in rows]).items(), rows, strict=True):
         if row.parameters is None:
             continue
@@ -258,6 +330,8 @@ def _against_parameters(metric: Metric, rows: Sequence[Row], stem: Path) -> None
         )
     axes.set_xlabel("trainable parameters (millions)")
     axes.set_ylabel(f"{metric} ({'higher' if metric.higher_is_better else 'lower'} is better)")
-    axes.set_title("mean and standard deviation over seeds")
-    figures.plain(axes).legend(frameon=False, fontsize=8)
+    if any(row.deviation is not None for row in rows):
+        axes.set_title("mean and standard deviation over seeds", fontsize=10)
+    figures.plain(axes)
+    _legend(figure, axes)
     figures.save(figure, stem)

@@ -31,10 +31,9 @@ Rows = list[list[int]]
 class StoredBLEU(BLEU):
     """sacrebleu's BLEU (smoothing exp) that takes rows of counts for sentences, where there are no references."""
 
-    num_refs = 1
-
     def __init__(self) -> None:
         super().__init__(max_ngram_order=ORDERS)
+        self.num_refs = 1  # else known once texts were counted, and asked for by the signature
 
     def _extract_corpus_statistics(self, hypotheses: Any, references: Any) -> Any:
         return hypotheses if references is None else super()._extract_corpus_statistics(hypotheses, references)
