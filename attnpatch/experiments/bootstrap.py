@@ -51,13 +51,13 @@ def compare_systems(
         if [row[1] for row in rows] != [row[1] for row in baseline]:
             raise ReportError(f"{name}, seed {seed}: its BLEU statistics are of other sentences than the baseline's")
     named = [("", baseline), *systems.items()]
-    signatures, scores = PairedTest(named, {"BLEU": StoredBLEU()}, None, "bs", samples)()  # type: ignore[arg-type]
+    signatures, scores = PairedTest(named, {"BLEU": StoredBLEU()}, None, "bs", samples)()
     start, *results = scores["BLEU"]
     return {
         name: Bootstrap(
             seed,
-            result.score - start.score,  # type: ignore[union-attr]
-            float(result.p_value),  # type: ignore[union-attr,arg-type]
+            result.score - start.score,
+            float(result.p_value),
             len(baseline),
             samples,
             str(signatures["BLEU"].info["seed"]),
