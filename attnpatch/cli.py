@@ -302,28 +302,44 @@ def bench(
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder with Multi30k, for training; else synthetic text.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", help="Folder for the JSON files and the plot.")] = Path(
+    output: Annotated[Path, typer.Option("--output", help="Folder for the JSON files, tables and the plot.")] = Path(
         "results/benchmarks"
     ),
+    page: Annotated[
+        Path | None,
+        typer.Option("--markdown", metavar="PAGE", help="Measure nothing; write the tables of this page anew."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure what attention and training cost here, as ratios against named peers."""
-    from attnpatch.bench import BENCHMARKS, Settings, choose, run
+    from attnpatch.bench import Settings, choose, run, tables
     from attnpatch.bench.plot import draw
+    from attnpatch.bench.targets import summarise
     from attnpatch.environment import available_cpus
     from attnpatch.errors import SpecError, unknown
 
     if device not in ("cpu", "cuda"):
         raise SpecError(unknown("device", device, ("cpu", "cuda")))
-    say = (lambda line: None) if as_json else (lambda line: _out().print(line, highlight=False, markup=False))
-    choose(names or (), device)
-    settings = Settings(repeats, threads or available_cpus(), device, data, say)
-    files = run(names or BENCHMARKS, settings, output)
-    figures = draw(output, device)
+    files: list[Path] = []
+    if page is not None:
+        from attnpatch.atomic import write_text
+
+        if names:
+            raise SpecError(f"--markdown measures nothing, so {', '.join(names)} cannot go with it")
+        write_text(page, tables.filled(page.read_text(encoding="utf-8"), tables.all_tables(output, device)))
+        files.append(page)
+    else:
+        say = (lambda line: None) if as_json else (lambda line: _out().print(line, highlight=False, markup=False))
+        choose(names or (), device)
+        settings = Settings(repeats, threads or available_cpus(), device, data, say)
+        files += run(names or (), settings, output)
+    files += [*tables.write(output, device), *(draw(output, device) if page is None else ())]
+    targets = summarise(tables.load(output, device), device)
     if as_json:
-        _print_json({"files": [str(path) for path in (*files, *figures)]})
+        _print_json({"files": [str(path) for path in files], "targets": targets})
         return
-    for path in (*files, *figures):
+    _out().print(tables.terminal(targets))
+    for path in files:
         _out().print(f"written: {path}", highlight=False, markup=False, soft_wrap=True)
 
 

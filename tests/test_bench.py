@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from attnpatch import bench
-from attnpatch.bench import Settings, timing
+from attnpatch.bench import Settings, steps, tables, targets, timing
 from attnpatch.bench.plot import draw, ratios
 from attnpatch.bench.timing import BenchmarkError
 from attnpatch.cli import app
@@ -25,6 +25,28 @@ def test_every_benchmark_has_parts() -> None:
         assert bench.parts_of(name)
     assert ("toolkit", "convert") in bench.choose([])
     assert bench.choose(["toolkit.import", "alignment"])[0] == ("toolkit", "import")
+
+
+def test_what_takes_long_and_nobody_waits_for_is_left_out_unless_named() -> None:
+    everything = {f"{name}.{part}" for name, part in bench.choose([])}
+    for extra in bench.EXTRA:
+        assert extra not in everything
+        name, part = extra.split(".")
+        assert (name, part) in bench.choose([name])
+        assert bench.choose([extra]) == [(name, part)]
+
+
+def test_every_variant_is_measured_with_a_spec_that_parses() -> None:
+    import attnpatch
+    from attnpatch.spec import AttentionSpec
+
+    found = steps.specs()
+    names = {
+        rule_name for spec in found.values() for rule in AttentionSpec.parse(spec).rules for rule_name in rule.variants
+    }
+    assert names == set(attnpatch.variants())
+    assert found["top_r(r=16)"] == {"variant": "top_r", "options": {"top_r": {"r": 16}}}
+    assert found["expressive"] == "expressive"
 
 
 def test_unknown_names_get_the_nearest() -> None:
@@ -77,6 +99,122 @@ def test_results_are_kept_by_part_and_drawn(tmp_path: Path, monkeypatch: pytest.
     assert not list(ratios({"generation": {"seconds": timing.summary([1.0])}}))
     assert {p.suffix for p in draw(tmp_path, "cpu")} == {".png", ".svg"}
     assert draw(tmp_path, "cuda") == []
+
+
+def ratio(*values: float) -> dict[str, Any]:
+    return {"ratio": timing.summary(list(values))}
+
+
+def test_targets_take_the_worst_case_and_the_right_direction() -> None:
+    results = {
+        "score": {
+            "operator": {
+                "expressive float32, T = 128": {"auto": {"forward": ratio(9.0)}},
+                "expressive float32, T = 512": {"auto": {"forward": ratio(1.0, 1.1, 1.5), "memory": 1.05}},
+                "expressive float32, T = 2048": {"auto": {"forward": ratio(1.19), "memory": 1.2}},
+            }
+        },
+        "value_aware": {"exact": {"sharpness 0.5": ratio(0.04, 0.05, 0.1), "sharpness 4.0": ratio(0.01)}},
+        "toolkit": {"idle": ratio(0.97)},
+    }
+    rows = {row["target"]: row for row in targets.summarise(results, "cpu")}
+    forward = rows["expressive attention, T >= 512, forward"]
+    # Not the short one, and of the others the worse median.
+    assert forward["case"] == "expressive float32, T = 2048"
+    assert forward["measured"]["median"] == 1.19
+    assert forward["reached"] is True
+    assert rows["expressive attention, T >= 512, inputs and outputs included"]["reached"] is False
+    # Times the peer's rate: the fewest count, and what was the longest time is the lowest rate.
+    exact = rows["value_aware exact optimum, r = D + 1"]
+    assert exact["measured"] == pytest.approx({"median": 20.0, "min": 10.0, "max": 25.0, "n": 3})
+    assert exact["reached"] is True
+    assert rows["a stock model's step with attnpatch imported"]["reached"] is False
+    assert rows["Marian training"]["reached"] is None
+    assert {row["reached"] for row in targets.summarise({}, "cuda")} == {None}
+
+
+def test_targets_lead_to_parts_that_exist() -> None:
+    for target in targets.TARGETS:
+        name, part = target.part.split(".")
+        assert part in bench.parts_of(name)
+
+
+def test_tables_have_a_row_for_each_case() -> None:
+    step = {
+        "peer": "stock",
+        "Marian": {"batch": 3, "variants": {"neural": {**ratio(1.0, 2.0, 4.0), "memory": 1.5}, "elu": ratio(3.0)}},
+        "RoBERTa": {"batch": 3, "variants": {"elu": ratio(0.5, 0.7)}},
+        "measured": {"repeats": 3},
+    }
+    assert tables.part_table("toolkit.step", step) == [
+        ["", "Marian", "Marian: memory", "RoBERTa"],
+        ["neural", "2.00 (1.00 to 4.00)", "1.50", ""],
+        ["elu", "3.00 (n = 1)", "", "0.60 (0.50 to 0.70)"],
+    ]
+    assert tables.part_table("toolkit.idle", ratio(1.0, 1.2)) == [
+        ["", "time over the peer's"],
+        ["all", "1.10 (1.00 to 1.20)"],
+    ]
+    assert tables.part_table("value_aware.exact", {"sharp": ratio(0.1, 0.25)})[1][1].endswith("(4.00 to 10.00)")
+
+
+def test_a_page_gets_its_tables_anew() -> None:
+    page = "words\n<!-- table toolkit.idle -->\nold\n<!-- end -->\nmore\n<!-- table summary -->\n<!-- end -->\n"
+    given = {"toolkit.idle": "| new |\n", "summary": "| sum |\n"}
+    found = tables.filled(page, given)
+    assert found == page.replace("old\n", "| new |\n").replace("summary -->\n", "summary -->\n| sum |\n")
+    assert tables.filled(found, given) == found
+    # A part that was not measured says so; one that there is not is refused.
+    assert "-->\nNot measured yet.\n<!--" in tables.filled(page, {"summary": ""})
+    with pytest.raises(BenchmarkError, match=r"toolkit\.idle"):
+        tables.filled(page.replace("toolkit.idle", "toolkit.idel"), given)
+
+
+def test_the_page_has_the_numbers_of_the_results() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert tables.filled(page, tables.all_tables(root / "results" / "benchmarks", "cpu")) == page, (
+        "run: attnpatch bench --markdown docs/benchmarks.md"
+    )
+
+
+@pytest.mark.parametrize(
+    "spec", [None, "expressive", {"variant": "alignment", "options": {"alignment": {"method": "ct"}}}]
+)
+def test_the_layer_is_checked_and_gives_all_gradients(spec: Any) -> None:
+    from attnpatch.bench.layer import AttentionLayer
+
+    layer = AttentionLayer(spec, 2, 16, "cpu")
+    layer.module.eval()
+    assert layer.relative_error() < 1e-5
+    layer.module.train()
+    gradients = layer.both()
+    assert len(gradients) == 1 + len(list(layer.module.parameters()))
+    assert all(bool(g.isfinite().all()) for g in gradients if g is not None)
+
+
+def test_sides_that_do_other_work_are_not_compared() -> None:
+    from attnpatch.bench.training import _same_work
+
+    ours = {"parameters": {"trainable": 10}, "steps": 5, "tokens": {"target": 1000}}
+    peer = {"parameters": 10, "updates": 5, "target_tokens": 1100}
+    _same_work(ours, peer)
+    for name, value in (("parameters", 11), ("updates", 6), ("target_tokens", 2000)):
+        with pytest.raises(BenchmarkError, match="same work"):
+            _same_work(ours, peer | {name: value})
+
+
+def test_the_stock_step_is_measured_in_forks() -> None:
+    """One turn of one pair; the script itself must not import attnpatch, or there would be nothing to compare."""
+    from attnpatch.bench.toolkit import child
+
+    script = Path(bench.__file__).with_name("stock_step.py")
+    found = child(script, "1", "1", "1")
+    assert {name: len(values) for name, values in found["seconds"].items()} == {"with": 1, "without": 1}
+    assert 0.1 < found["ratio"][0] < 10
+    before, _, inside = script.read_text(encoding="utf-8").partition("import attnpatch")
+    assert before.rstrip().endswith("if imported:")
+    assert "import attnpatch" not in inside
 
 
 def test_the_command_line_refuses(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def steps(settings: Settings) -> dict[str, Any]:
         for method in METHODS:
             aligned = step(roberta(), spec(method), batch, tokens, settings.device, bf16)
             # Same seed: in the first step the models differ by the loss alone.
-            aligned.model.load_state_dict(stock.model.state_dict(), strict=False)  # type: ignore[attr-defined]
+            aligned.model.load_state_dict(stock.model.state_dict(), strict=False)
             if not bool(aligned().isfinite()):
                 raise BenchmarkError(f"{method}: the loss is not finite; nothing was timed")
             timed = compare(aligned, stock, settings.repeats, settings.device)

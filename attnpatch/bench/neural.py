@@ -23,15 +23,22 @@ def steps(settings: Settings) -> dict[str, Any]:
         for bf16 in (False, True):
             stock = step(architecture, None, batch, tokens, settings.device, bf16)
             neural = step(architecture, spec, batch, tokens, settings.device, bf16)
-            models = [run.model for run in (neural, stock)]  # type: ignore[attr-defined]
+            models = [run.model for run in (neural, stock)]
             flops = [matmul_flops(model, batch, tokens) for model in models]
             if not bool(neural().isfinite()):
                 raise BenchmarkError(f"{name}: the loss is not finite; nothing was timed")
             timed = compare(neural, stock, settings.repeats, settings.device)
-            over = timed["ratio"]["median"] / (flops[0] / flops[1])
+            over = {
+                key: value / (flops[0] / flops[1]) if key != "n" else value for key, value in timed["ratio"].items()
+            }
             label = f"{name}, {'bf16' if bf16 else 'float32'}"
-            results[label] = timed | {"flops_ratio": flops[0] / flops[1], "time_ratio_over_flops_ratio": over}
-            settings.say(f"{label}: {timed['ratio']['median']:.2f} times stock, {over:.2f} over the FLOPs' ratio")
+            results[label] = timed | {
+                "flops_ratio": flops[0] / flops[1],
+                "time_ratio_over_flops_ratio": over,
+            }
+            settings.say(
+                f"{label}: {timed['ratio']['median']:.2f} times stock, {over['median']:.2f} over the FLOPs' ratio"
+            )
     return results
 
 

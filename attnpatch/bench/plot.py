@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,18 +25,10 @@ def draw(folder: Path, device: str) -> list[Path]:
     Raises:
         BenchmarkError: a file is no JSON.
     """
-    from attnpatch.bench.timing import BenchmarkError
+    from attnpatch.bench.tables import load
     from attnpatch.figures import plain, pyplot, save
 
-    groups: dict[str, list[tuple[str, Mapping[str, float]]]] = {}
-    for path in sorted(folder.glob(f"*-{device}.json")):
-        try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise BenchmarkError(f"{path} is no JSON ({error}): delete it and measure again") from error
-        found = list(ratios(tree))
-        if found:
-            groups[path.stem.removesuffix(f"-{device}")] = found
+    groups = {name: found for name, tree in load(folder, device).items() if (found := list(ratios(tree)))}
     if not groups:
         return []
     plt = pyplot()

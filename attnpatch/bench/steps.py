@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 
@@ -40,34 +39,70 @@ def marian() -> tuple[type, Any]:
     )
 
 
-def step(
-    architecture: tuple[type, Any], spec: Any, batch: int, tokens: int, device: str = "cpu", bf16: bool = False
-) -> Callable[[], Any]:
-    """A function that does one training step (forward, backward, AdamW) on a padded batch; it holds its `model`."""
-    import torch
+# Options worth a row of their own; a variant that is not named here has one row, with its defaults.
+_ROWS: dict[str, list[dict[str, Any]]] = {
+    "linear": [{"form": "matched"}],
+    "top_r": [{"r": 16}],
+    "value_aware": [{"r": 16, "selector": "centered"}],
+    "query_value": [{}, {"gate": "query"}],
+    "alignment": [{"method": method} for method in ("gan", "ct", "ot", "mmd")],
+}
 
+
+def specs() -> dict[str, Any]:
+    """Specs to measure, by label, of every variant: `expressive`, `top_r(r=16)`, ..."""
     import attnpatch
 
-    torch.manual_seed(0)
-    cls, config = architecture
-    model = cls(attnpatch.patch_config(config, spec) if spec is not None else config).to(device).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    ids = torch.randint(5, 2000, (batch, tokens), device=device)
-    mask = torch.ones_like(ids)
-    mask[::2, -tokens // 8 :] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    found: dict[str, Any] = {}
+    for name in attnpatch.variants():
+        for options in _ROWS.get(name, [{}]):
+            shown = ", ".join(f"{key}={value}" for key, value in options.items())
+            spec = {"variant": name, "options": {name: options}} if options else name
+            found[f"{name}({shown})" if options else name] = spec
+    return found
 
-    def run() -> Any:
-        precision = torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+def patched_or_stock(cls: type, config: Any, spec: Any) -> Any:
+    """A model of `config` with random weights; stock for None."""
+    import attnpatch
+
+    return cls(config if spec is None else attnpatch.patch_config(config, spec))
+
+
+class TrainingStep:
+    """One training step (forward, backward, AdamW) of `model` on a padded batch; gives the loss."""
+
+    def __init__(
+        self, architecture: tuple[type, Any], spec: Any, batch: int, tokens: int, device: str, bf16: bool
+    ) -> None:
+        import torch
+
+        torch.manual_seed(0)
+        self.model = patched_or_stock(*architecture, spec).to(device).train()
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        ids = torch.randint(5, 2000, (batch, tokens), device=device)
+        mask = torch.ones_like(ids)
+        mask[::2, -tokens // 8 :] = 0
+        self.inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+        self.device, self.bf16 = device, bf16
+
+    def __call__(self) -> Any:
+        import torch
+
+        precision = torch.autocast(self.device, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
         with precision:
-            loss = model(**inputs).loss
+            loss = self.model(**self.inputs).loss
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
         return loss.detach()
 
-    run.model = model  # type: ignore[attr-defined]
-    return run
+
+def step(
+    architecture: tuple[type, Any], spec: Any, batch: int, tokens: int, device: str = "cpu", bf16: bool = False
+) -> TrainingStep:
+    """A step of the model that `architecture` (class and config) and `spec` (None: stock) describe."""
+    return TrainingStep(architecture, spec, batch, tokens, device, bf16)
 
 
 def matmul_flops(model: Any, batch: int, tokens: int) -> int:

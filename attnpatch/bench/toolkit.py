@@ -2,10 +2,12 @@
 
 Measures, interleaved, median and spread (min to max):
     import    `import attnpatch` against `import transformers`, whole processes
-    idle      a stock model's training step in a process that imported attnpatch, against one that did not
+    idle      a stock model's training step in a process that imported attnpatch, against one that did not, two forks
+              of one process in turns on one core
     convert   `attnpatch.convert` against `from_pretrained` + `save_pretrained`, of the source and of the result
               (which writes as many bytes as convert does): time and peak memory
-    step      each variant's training step against stock: Marian at T = 32, RoBERTa at T = 128 and 512
+    step      each variant's training step against stock, time and peak memory: Marian at T = 32, RoBERTa-base's
+              shape with 2 layers at T = 128 and 512
 """
 
 from __future__ import annotations
@@ -19,44 +21,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from attnpatch.bench.steps import marian, roberta, step
-from attnpatch.bench.timing import BenchmarkError, Settings, compare, summary
+from attnpatch.bench.steps import marian, roberta, specs, step
+from attnpatch.bench.timing import BenchmarkError, Settings, compare, peak_bytes, summary
 
-STEP_SPECS: list[Any] = [
-    "neural",
-    {"variant": "linear", "options": {"linear": {"form": "matched"}}},
-    "expressive",
-    "polynomial",
-    "elu",
-    {"variant": "top_r", "options": {"top_r": {"r": 16}}},
-    {"variant": "value_aware", "options": {"value_aware": {"r": 16, "selector": "centered"}}},
-    "query_value",
-    {"variant": "query_value", "options": {"query_value": {"gate": "query"}}},
-    {"variant": "alignment", "options": {"alignment": {"method": "gan"}}},
-    {"variant": "alignment", "options": {"alignment": {"method": "ct"}}},
-    {"variant": "alignment", "options": {"alignment": {"method": "ot"}}},
-    {"variant": "alignment", "options": {"alignment": {"method": "mmd"}}},
-]
-IDLE_STEP = """
-import json, sys, time
-if sys.argv[1] == "with":
-    import attnpatch
-import torch
-from transformers import RobertaConfig, RobertaForMaskedLM
-torch.manual_seed(0)
-model = RobertaForMaskedLM(RobertaConfig(vocab_size=2000, hidden_size=256, num_hidden_layers=4,
-    num_attention_heads=4, intermediate_size=1024, max_position_embeddings=200)).train()
-optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
-ids = torch.randint(5, 2000, (8, 128))
-times = []
-for step in range(14):
-    start = time.perf_counter()
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimiser.step()
-    optimiser.zero_grad()
-    times.append(time.perf_counter() - start)
-print(json.dumps({"seconds": sorted(times[4:])[len(times[4:]) // 2]}))
-"""
+PAIRS, TURNS, STEPS = 8, 15, 4
+"""Of the stock step: pairs of processes, turns of each pair, steps in a turn of a process."""
 
 CONVERT = """
 import json, re, sys, time
@@ -78,13 +47,16 @@ print(json.dumps({"seconds": seconds, "libraries_kib": before, "peak_kib": peak}
 """
 
 
-def child(code: str, *arguments: str) -> dict[str, float]:
+def child(code: str | Path, *arguments: str) -> dict[str, Any]:
+    """The JSON object in the last line that a process printed: of code, or of a file with code."""
+    # -P: modules beside the file do not hide those of the same name.
+    command = ["-c", code] if isinstance(code, str) else ["-P", str(code)]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, env=os.environ
+        [sys.executable, *command, *arguments], capture_output=True, text=True, check=False, env=os.environ
     )
     if done.returncode:
         raise BenchmarkError(f"a benchmark process failed:\n{done.stderr[-2000:]}")
-    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
 
@@ -111,15 +83,16 @@ print(json.dumps({{"seconds": time.perf_counter() - start}}))
 
 
 def bench_idle(settings: Settings) -> dict[str, Any]:
-    times: dict[str, list[float]] = {"without": [], "with": []}
-    for _ in range(settings.repeats):
-        for name, values in times.items():
-            values.append(child(IDLE_STEP, name)["seconds"])
-    ratios = [a / b for a, b in zip(times["with"], times["without"], strict=True)]
+    # By its path: as a module of this package it would import attnpatch.
+    script = Path(__file__).with_name("stock_step.py")
+    pairs = max(PAIRS, settings.repeats)
+    found = child(script, str(pairs), str(TURNS), str(STEPS))
     return {
         "peer": "the same step of a stock RoBERTa in a process without attnpatch",
-        "seconds": {name: summary(values) for name, values in times.items()},
-        "ratio": summary(ratios),
+        "how": f"two forks of one process in turns on one core; processor time, fastest of {STEPS} steps a turn, "
+        f"median of {TURNS} turns; n counts pairs of forks",
+        "seconds": {name: summary(values) for name, values in found["seconds"].items()},
+        "ratio": summary(found["ratio"]),
     }
 
 
@@ -171,30 +144,31 @@ def bench_step(settings: Settings) -> dict[str, Any]:
     for name, (architecture, batch, tokens) in _shapes().items():
         stock = step(architecture, None, batch, tokens, settings.device)
         table: dict[str, Any] = {}
-        for spec in STEP_SPECS:
-            label = spec if isinstance(spec, str) else _label(spec)
+        peer_peak = peak_bytes(stock, settings.device)
+        for label, spec in specs().items():
             variant = step(architecture, spec, batch, tokens, settings.device)
             if not bool(variant().isfinite()):
                 raise BenchmarkError(f"{label}: the loss is not finite; nothing was timed")
-            table[label] = compare(variant, stock, settings.repeats, settings.device)
-            settings.say(f"{name}, {label}: {table[label]['ratio']['median']:.2f} times the stock step")
+            timed = compare(variant, stock, settings.repeats, settings.device)
+            peak = peak_bytes(variant, settings.device)
+            # Of a step over what stays: weights, their averages in AdamW and the batch.
+            memory = {"peak_bytes": peak, "peer_peak_bytes": peer_peak, "memory": peak / peer_peak}
+            table[label] = timed | memory
+            settings.say(
+                f"{name}, {label}: {timed['ratio']['median']:.2f} times the stock step, memory {peak / peer_peak:.2f}"
+            )
             del variant
         results[name] = {"batch": batch, "tokens": tokens, "variants": table}
     return results
 
 
 def _shapes() -> dict[str, tuple[Any, int, int]]:
-    base = roberta(layers=4)
+    base = roberta()
     return {
         "Marian, T = 32": (marian(), 64, 32),
         "RoBERTa, T = 128": (base, 8, 128),
         "RoBERTa, T = 512": (base, 2, 512),
     }
-
-
-def _label(spec: dict[str, Any]) -> str:
-    options = ", ".join(f"{k}={v}" for o in spec["options"].values() for k, v in o.items())
-    return f"{spec['variant']}({options})"
 
 
 CPU_PARTS = ("import", "idle", "convert")

@@ -2,8 +2,9 @@
 
 Peer in training: what transformers' `run_translation` example does (Seq2SeqTrainer, DataCollatorForSeq2Seq, pairs in
 random order, its default attention backend), with the same model, tokens, label smoothing and threads, and as many
-target tokens an update; once in float32, its default, and once with --bf16. Peer in decoding: `generate` with the same
-beams in file order, in batches of 8 (the example's default) and of 64.
+target tokens an update; once in float32, its default, and once with --bf16. Parameters, updates and tokens of both
+sides are counted and held against each other. Peer in decoding: `generate` with the same beams in file order, in
+batches of 8 in float32 (the example's defaults), and of 64 in bfloat16 (its fastest form).
 
 The sides take turns. Before timing, the dev loss and the translations of both must agree, in float32. The data folder
 holds train, val and test_2016_flickr (.de and .en) of Multi30k; without it the built-in synthetic grammar is used.
@@ -32,7 +33,7 @@ SETTINGS = """
 model: {d_model: 256, encoder_layers: 3, decoder_layers: 3, heads: 4, ffn_dim: 1024}
 tokenizer: {vocab_size: 6000}
 training:
-  max_tokens: 4096
+  max_tokens: 2048
   learning_rate: 1.0e-3
   schedule: inverse_sqrt
   warmup_steps: 100
@@ -55,6 +56,7 @@ class Sides:
         self.words += [
             f"training.threads={threads}",
             "output.quiet=true",
+            f"data.max_train_pairs={PAIRS}",
             f"data.max_test_pairs={SENTENCES}",
             f"data.max_dev_pairs={SENTENCES}",
             f"output.dir={folder / 'run'}",
@@ -96,9 +98,15 @@ class Sides:
         targets = encode(tokenizer, text.targets, 256, target=True)
         return datasets.Dataset.from_dict({"input_ids": sources, "labels": targets})
 
-    def example(self, steps: int, bf16: bool, pairs: int) -> float:
-        """The example's loop for `steps` updates of `pairs` pairs: target tokens a second."""
-        from transformers import DataCollatorForSeq2Seq, PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments
+    def example(self, steps: int, bf16: bool, pairs: int) -> dict[str, float]:
+        """The example's loop for `steps` updates of `pairs` pairs: updates, target tokens, seconds, parameters."""
+        from transformers import (
+            DataCollatorForSeq2Seq,
+            PrinterCallback,
+            Seq2SeqTrainer,
+            Seq2SeqTrainingArguments,
+            TrainerCallback,
+        )
 
         model, tokenizer = self.load()
         arguments = Seq2SeqTrainingArguments(
@@ -116,21 +124,38 @@ class Sides:
             seed=1,
         )
         pad = DataCollatorForSeq2Seq(tokenizer, model=model)
-        counted = 0
+        counts: list[int] = []
+        clock: list[float] = []
 
         def collate(batch: list[dict[str, Any]]) -> Any:
-            nonlocal counted
-            counted += sum(len(row["labels"]) for row in batch)
+            counts.append(sum(len(row["labels"]) for row in batch))
             return pad(batch)
 
+        class Clock(TrainerCallback):
+            """As our own seconds: from the first batch to the last update, without building the optimiser."""
+
+            def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+                clock.append(time.perf_counter())
+
+            def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+                clock.append(time.perf_counter())
+
         trainer = Seq2SeqTrainer(
-            model=model, args=arguments, train_dataset=self.rows("train", tokenizer), data_collator=collate
+            model=model,
+            args=arguments,
+            train_dataset=self.rows("train", tokenizer),
+            data_collator=collate,
+            callbacks=[Clock()],
         )
         trainer.remove_callback(PrinterCallback)
-        start = time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - start
-        return counted / seconds
+        return {
+            "updates": trainer.state.global_step,
+            # The loader is a batch ahead of the updates.
+            "target_tokens": sum(counts[:steps]),
+            "seconds": clock[1] - clock[0],
+            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        }
 
     def file_order(self, precision: str, sentences: int) -> tuple[list[str], float]:
         """The test set's translations by `generate` in file order, and the seconds they took."""
@@ -186,20 +211,31 @@ def check(sides: Sides, steps: int) -> dict[str, Any]:
 
 
 def measure(sides: Sides, steps: int, repeats: int, trained: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Both sides in turn, `repeats` times; rates, and the ratio of our time to each peer's."""
+    """Both sides in turn, `repeats` times; rates, and the ratio of our time to each peer's.
+
+    Raises:
+        BenchmarkError: the sides disagree in what they compute, or do not do the same work.
+    """
     checked = check(sides, trained)
     kept = sides.folder / "kept"
     (sides.folder / "run" / "model").rename(kept)
     fast = "bf16" if use_bf16("auto", sides.device == "cpu") else "fp32"
     rates: dict[str, list[float]] = {"ours": [], "example, fp32": [], "example, bf16": []}
+    tokens: dict[str, list[float]] = {name: [] for name in rates}
     for i in range(repeats):
         result = sides.ours(steps, "auto", generation__test="false")
         rates["ours"].append(result["tokens"]["target_per_second"])
+        tokens["ours"].append(result["tokens"]["target"] / steps)
         for name, bf16 in (("example, fp32", False), ("example, bf16", True)):
-            rates[name].append(sides.example(steps, bf16, checked["pairs_per_update"]))
+            peer = sides.example(steps, bf16, checked["pairs_per_update"])
+            rates[name].append(peer["target_tokens"] / peer["seconds"])
+            tokens[name].append(peer["target_tokens"] / steps)
+            _same_work(result, peer)
         say("training, target tokens/s: " + _last(rates))
         shutil.rmtree(sides.folder / "run" / "model") if i + 1 < repeats else None
-    training = {"updates": steps, "precision_of_ours": fast} | _ratios(rates)
+    per_update = {name: summary(values) for name, values in tokens.items()}
+    training = {"updates": steps, "precision_of_ours": fast, "target_tokens_per_update": per_update}
+    training |= _ratios(rates)
 
     words = {"model__pretrained": str(kept), "tokenizer__path": str(kept), "generation__test": "true"}
     decoding_rates: dict[str, list[float]] = {"ours": []}
@@ -209,14 +245,24 @@ def measure(sides: Sides, steps: int, repeats: int, trained: int, say: Callable[
         result = sides.ours(1, "auto", training__learning_rate=0.0, **words)
         scores = next(iter(result["scores"].values()))
         decoding_rates["ours"].append(count / scores["seconds"])
-        for precision in ("fp32", "bf16"):
-            for size in (8, 64):
-                name = f"generate in file order, {precision}, batches of {size}"
-                seconds = sides.file_order(precision, size)[1]
-                decoding_rates.setdefault(name, []).append(count / seconds)
+        for precision, size in PEERS_IN_DECODING:
+            name = f"generate in file order, {precision}, batches of {size}"
+            decoding_rates.setdefault(name, []).append(count / sides.file_order(precision, size)[1])
         say("decoding, sentences/s: " + _last(decoding_rates))
     decoding = {"sentences": count, "num_beams": BEAMS, "precision_of_ours": fast} | _ratios(decoding_rates)
     return {"check": checked, "training": training, "decoding": decoding}
+
+
+def _same_work(ours: dict[str, Any], peer: dict[str, float]) -> None:
+    """Refuse to compare other models, or another number of updates; and updates of another size, but for what chance
+    makes of them: batches hold as many pairs on average, and few batches are drawn."""
+    for name, mine, its, allowed in (
+        ("parameters", ours["parameters"]["trainable"], peer["parameters"], 0.0),
+        ("updates", ours["steps"], peer["updates"], 0.0),
+        ("target tokens", ours["tokens"]["target"], peer["target_tokens"], 0.25),
+    ):
+        if abs(mine - its) > allowed * its:
+            raise BenchmarkError(f"the sides do not do the same work: {mine} {name} against {its}")
 
 
 def _last(rates: dict[str, list[float]]) -> str:
@@ -242,8 +288,11 @@ def synthetic(folder: Path) -> Path:
     return folder
 
 
-UPDATES, TRAINED, SENTENCES = 20, 100, 200
-"""Timed updates of each side in each repeat, those of the model that is decoded, and sentences that it translates."""
+UPDATES, TRAINED, SENTENCES, PAIRS = 10, 120, 100, 8000
+"""Timed updates of each side in each repeat, those of the model that is decoded, sentences that it translates, and
+pairs that there are to train on."""
+PEERS_IN_DECODING = (("fp32", 8), ("bf16", 64))
+"""The example's defaults, and the fastest form of the same."""
 
 
 def train_and_decode(settings: Settings) -> dict[str, Any]:

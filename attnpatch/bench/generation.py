@@ -1,0 +1,85 @@
+"""What generating costs: each variant's Marian over the stock one, with the cache, greedy and with 5 beams.
+
+marian  both sides generate the same number of tokens (min_length = max_length) of a batch with padding, the models
+        with random weights: time, tokens a second, peak memory. Variants that only add a training loss are left out
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnpatch.bench.steps import marian, patched_or_stock, specs
+from attnpatch.bench.timing import BenchmarkError, Settings, compare, peak_bytes
+from attnpatch.registry import get_variant
+
+SOURCES, LENGTH, NEW_TOKENS = 16, 24, 24
+BEAMS = {"greedy": 1, "5 beams": 5}
+
+
+class Generation:
+    """A Marian, stock or patched, that generates NEW_TOKENS tokens for each source."""
+
+    def __init__(self, spec: Any, device: str) -> None:
+        import torch
+
+        torch.manual_seed(0)
+        cls, config = marian()
+        # Larger than usual, so that the best token of a random model does not hang on rounding.
+        config.init_std = 0.1
+        self.model = patched_or_stock(cls, config, spec).to(device).eval()
+        ids = torch.randint(5, 2000, (SOURCES, LENGTH), device=device)
+        mask = torch.ones_like(ids)
+        mask[::2, -LENGTH // 4 :] = 0
+        self.inputs = {"input_ids": ids, "attention_mask": mask}
+
+    def __call__(self, beams: int, use_cache: bool = True) -> Any:
+        """Token ids [SOURCES, 1 + NEW_TOKENS], the first of them the start of the decoder."""
+        longest = 1 + NEW_TOKENS
+        return self.model.generate(
+            **self.inputs, num_beams=beams, min_length=longest, max_length=longest, use_cache=use_cache, do_sample=False
+        )
+
+    def check(self, label: str) -> float:
+        """The share of sources whose greedy tokens are the same without the cache.
+
+        Raises:
+            BenchmarkError: too few, or not as many tokens as asked for.
+        """
+        cached, plain = (self(1, use_cache) for use_cache in (True, False))
+        if cached.shape != (SOURCES, 1 + NEW_TOKENS):
+            raise BenchmarkError(f"{label} generated {tuple(cached.shape)} tokens; nothing was timed")
+        same = float((cached == plain).all(-1).float().mean())
+        if same < 0.9:
+            raise BenchmarkError(f"{label}: with the cache {1 - same:.0%} of the outputs differ; nothing was timed")
+        return same
+
+
+def generate(settings: Settings) -> dict[str, Any]:
+    count = SOURCES * NEW_TOKENS
+    results: dict[str, Any] = {"peer": "the stock model's generate", "sources": SOURCES, "tokens": count}
+    stock = Generation(None, settings.device)
+    stock.check("stock")
+    peer_peak = peak_bytes(lambda: stock(BEAMS["5 beams"]), settings.device)
+    for label, spec in specs().items():
+        name = spec if isinstance(spec, str) else spec["variant"]
+        if get_variant(name).stage == "regularise":
+            continue
+        variant = Generation(spec, settings.device)
+        same = variant.check(label)
+        results[label] = {}
+        for how, beams in BEAMS.items():
+            sides = [lambda side=side, beams=beams: side(beams) for side in (variant, stock)]
+            timed = compare(*sides, settings.repeats, settings.device)
+            results[label][how] = timed | {
+                "tokens_per_second": count / timed["seconds"]["median"],
+                "peer_tokens_per_second": count / timed["peer_seconds"]["median"],
+                "same_without_cache": same,
+            }
+        peak = peak_bytes(lambda side=variant: side(BEAMS["5 beams"]), settings.device)
+        results[label]["5 beams"] |= {"peak_bytes": peak, "peer_peak_bytes": peer_peak, "memory": peak / peer_peak}
+        shown = ", ".join(f"{how} {results[label][how]['ratio']['median']:.2f}" for how in BEAMS)
+        settings.say(f"{label}: {shown} times the stock model's time")
+    return results
+
+
+PARTS = {"marian": generate}
