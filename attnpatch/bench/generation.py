@@ -6,6 +6,7 @@ marian  both sides generate the same number of tokens (min_length = max_length) 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from attnpatch.bench.steps import marian, patched_or_stock, specs
@@ -59,7 +60,7 @@ def generate(settings: Settings) -> dict[str, Any]:
     results: dict[str, Any] = {"peer": "the stock model's generate", "sources": SOURCES, "tokens": count}
     stock = Generation(None, settings.device)
     stock.check("stock")
-    peer_peak = peak_bytes(lambda: stock(BEAMS["5 beams"]), settings.device)
+    peer_peak = peak_bytes(partial(stock, BEAMS["5 beams"]), settings.device)
     for label, spec in specs().items():
         name = spec if isinstance(spec, str) else spec["variant"]
         if get_variant(name).stage == "regularise":
@@ -68,14 +69,13 @@ def generate(settings: Settings) -> dict[str, Any]:
         same = variant.check(label)
         results[label] = {}
         for how, beams in BEAMS.items():
-            sides = [lambda side=side, beams=beams: side(beams) for side in (variant, stock)]
-            timed = compare(*sides, settings.repeats, settings.device)
+            timed = compare(partial(variant, beams), partial(stock, beams), settings.repeats, settings.device)
             results[label][how] = timed | {
                 "tokens_per_second": count / timed["seconds"]["median"],
                 "peer_tokens_per_second": count / timed["peer_seconds"]["median"],
                 "same_without_cache": same,
             }
-        peak = peak_bytes(lambda side=variant: side(BEAMS["5 beams"]), settings.device)
+        peak = peak_bytes(partial(variant, BEAMS["5 beams"]), settings.device)
         results[label]["5 beams"] |= {"peak_bytes": peak, "peer_peak_bytes": peer_peak, "memory": peak / peer_peak}
         shown = ", ".join(f"{how} {results[label][how]['ratio']['median']:.2f}" for how in BEAMS)
         settings.say(f"{label}: {shown} times the stock model's time")

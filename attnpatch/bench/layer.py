@@ -8,7 +8,6 @@ attention  the self-attention module, projections included, without padding, at 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 from attnpatch.bench.steps import patched_or_stock, specs
@@ -84,10 +83,9 @@ def attention(settings: Settings) -> dict[str, Any]:
             row = results.setdefault(label, {})
             shown = []
             for what in ("forward", "both"):
-                sides: list[Callable[[], Any]] = [getattr(side, what) for side in (layer, stock)]
                 for side in (layer, stock):
                     side.module.train(what == "both")
-                timed = compare(*sides, settings.repeats, settings.device)
+                timed = compare(getattr(layer, what), getattr(stock, what), settings.repeats, settings.device)
                 row[f"{what}, T = {tokens}"] = timed | {"relative_error": error}
                 shown.append(f"{what} {timed['ratio']['median']:.2f}")
             peak = peak_bytes(layer.both, settings.device)
