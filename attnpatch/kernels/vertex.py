@@ -13,7 +13,7 @@ runs in float32; its weights are refined against the float64 values and checked.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -22,11 +22,17 @@ CANDIDATES = 8
 """Keys compared in each exchange."""
 
 # Rows that ended are taken out when no more than this share is left.
-COMPACT = 0.75
+COMPACT = 0.5
 
 # Rows in lockstep: their blocks [rows, CANDIDATES, D + 1] should stay in a CPU's cache and fill a GPU.
-_ROWS_CPU = 1024
+_ROWS_CPU = 512
 _ROWS_GPU = 1 << 16
+_LU_ROWS_CPU = 128
+
+# The heaviest keys, as a share of a basis, that a row takes in at once where its weight lies on few keys: on no more
+# than FEW bases of them, counted as the inverse of sum a^2. Even weights end on any keys, and gain nothing by it.
+HEAVIEST = 0.5
+FEW = 1.0
 
 
 def solve_exactly(weights: Tensor, values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,18 +54,18 @@ def solve_exactly(weights: Tensor, values: Tensor, wanted: Tensor) -> tuple[Tens
     frame = _Frame.of(weights, values, wanted)
     wanted = wanted & frame.usable.unsqueeze(-1)
     rows = _ROWS_CPU if weights.device.type == "cpu" else _ROWS_GPU
-    step = max(1, rows // n_group)
     for dtype in (torch.float32, torch.float64):
         tableau = _Tableau.of(frame, dtype)
         count = int(wanted.sum(dim=-1).max())
         # The wanted rows of each group first; groups with fewer are filled up with rows that are finished.
         order = torch.argsort((~wanted).to(torch.int8), dim=1, stable=True)
-        for start in range(0, count, step):
-            part = order[:, start : min(start + step, count)]
-            beta, done = _search(frame, tableau, weights, part, wanted.gather(1, part))
-            index = part.unsqueeze(-1).expand(-1, -1, n_key)
-            sparse.scatter_(1, index, torch.where(done.unsqueeze(-1), beta, sparse.gather(1, index)))
-            solved.scatter_(1, part, done | solved.gather(1, part))
+        step = min(rows, max(count, 1))
+        for first in range(0, n_group, max(1, rows // step)):
+            groups = slice(first, min(first + max(1, rows // step), n_group))
+            part = frame.part(groups), tableau.part(groups), weights[groups]
+            for start in range(0, count, step):
+                row = order[groups, start : min(start + step, count)]
+                _search(*part, row, wanted[groups].gather(1, row), sparse[groups], solved[groups])
         wanted = wanted & ~solved
         if not bool(wanted.any()):
             break
@@ -103,6 +109,9 @@ class _Frame:
         usable = usable & (info == 0) & inverse.isfinite().all(dim=-1).all(dim=-1)
         return cls(points, target, basis, inverse, usable, torch.linalg.vector_norm(moved, dim=-1))
 
+    def part(self, groups: slice) -> _Frame:
+        return _Frame(*(getattr(self, f.name)[groups] for f in fields(self)))
+
 
 def _spanning_keys(points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """Far-apart keys that span the space: pivoted Cholesky of the Gram matrix. [G, S, M] -> [G, M] and [G]."""
@@ -131,11 +140,24 @@ def _spanning_keys(points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
 class _Tableau:
     """The coordinates of every key in the shared basis, in the precision of the search."""
 
-    columns: Tensor  # [G * S', M], S' = S filled up to a multiple of CANDIDATES
+    columns: Tensor  # [G, S', M], S' = S filled up to a multiple of CANDIDATES
     rows: Tensor  # [G, M, S']
     steepness: Tensor  # [G, 1, S'] -1 / length of the column; 0 where filled up
     coordinates: Tensor  # [G, T, M] of the targets
-    n_slot: int  # S'
+
+    @property
+    def n_slot(self) -> int:
+        return self.rows.shape[-1]
+
+    def part(self, groups: slice) -> _Tableau:
+        return _Tableau(*(getattr(self, f.name)[groups] for f in fields(self)))
+
+    def take(self, key: Tensor) -> Tensor:
+        """The columns of keys [G, N, K]: [G * N, K, M]."""
+        n_group, n_row, count = key.shape
+        offset = torch.arange(n_group, device=key.device).view(-1, 1, 1) * self.n_slot
+        columns = self.columns.view(-1, self.columns.shape[-1]).index_select(0, (key + offset).view(-1))
+        return columns.view(n_group * n_row, count, -1)
 
     @classmethod
     def of(cls, frame: _Frame, dtype: torch.dtype) -> _Tableau:
@@ -146,11 +168,10 @@ class _Tableau:
         length = torch.linalg.vector_norm(columns, dim=-1)
         steepness = torch.where(length > 0.0, -length.reciprocal(), 0.0).unsqueeze(1)
         return cls(
-            columns.reshape(-1, columns.shape[-1]).to(dtype),
+            columns.to(dtype),
             columns.transpose(1, 2).contiguous().to(dtype),
             steepness.to(dtype),
             torch.bmm(frame.target, frame.inverse).to(dtype),
-            n_slot,
         )
 
 
@@ -166,51 +187,59 @@ class _Rows:
     update: Tensor  # [G, N, K, M] inverse = (1 + sum_k e_place(k) update_k) shared inverse, acting from the right
     place: Tensor  # [G, N, K]
 
-    def pick(self, order: Tensor) -> _Rows:
-        group = torch.arange(order.shape[0], device=order.device).unsqueeze(-1)
-        return _Rows(
-            self.row[group, order],
-            self.alive[group, order],
-            self.x[group, order],
-            self.basis[group, order],
-            self.price[group, order],
-            self.update[group, order],
-            self.place[group, order],
-        )
+    def pick(self, order: Tensor, *names: str) -> _Rows:
+        """The rows `order` [G, K]; the fields `names`, or all."""
+        n_group, n_row = self.row.shape
+        flat = (order + torch.arange(n_group, device=order.device).unsqueeze(-1) * n_row).view(-1)
+        taken = {}
+        for f in fields(self):
+            x = getattr(self, f.name)
+            if not names or f.name in names:
+                x = x.view(-1, *x.shape[2:]).index_select(0, flat).view(*order.shape, *x.shape[2:])
+            taken[f.name] = x
+        return _Rows(**taken)
 
-    def grow(self) -> None:
-        self.update = torch.cat([self.update, torch.empty_like(self.update)], dim=2)
-        self.place = torch.cat([self.place, torch.empty_like(self.place)], dim=2)
+    def grow(self, count: int) -> None:
+        """Room for `count` more exchanges."""
+        for name in ("update", "place"):
+            x = getattr(self, name)
+            setattr(self, name, torch.cat([x, x.new_empty(*x.shape[:2], count, *x.shape[3:])], dim=2))
 
 
-def _search(frame: _Frame, tableau: _Tableau, weights: Tensor, row: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve the rows [G, N] of `weights`: sparse weights [G, N, S] and which of them are right."""
+def _search(
+    frame: _Frame, tableau: _Tableau, weights: Tensor, row: Tensor, alive: Tensor, sparse: Tensor, solved: Tensor
+) -> None:
+    """Solve the rows [G, N] of `weights` that are `alive`, into `sparse` [G, T, S] and `solved` [G, T]."""
     n_group, n_row = row.shape
     n_key, size = weights.shape[-1], frame.points.shape[-1]
     dtype, device = tableau.rows.dtype, weights.device
-    visible = weights.gather(1, row.unsqueeze(-1).expand(-1, -1, n_key)) > 0
-    price = tableau.steepness * torch.nn.functional.pad(visible, (0, tableau.n_slot - n_key))
+    weight = weights.gather(1, row.unsqueeze(-1).expand(-1, -1, n_key)).to(dtype)
+    visible = torch.nn.functional.pad(weight > 0, (0, tableau.n_slot - n_key))
+    first = 0
+    if dtype == torch.float32:
+        few = weight.square().sum(dim=-1) * (FEW * size) >= 1.0
+        if 2 * int((few & alive).sum()) >= few.numel():
+            first = max(0, min(int(HEAVIEST * size), n_key - size))
     state = _Rows(
-        row=torch.arange(n_row, device=device).expand(n_group, -1),
+        row=row.contiguous(),
         alive=alive,
         x=tableau.coordinates.gather(1, row.unsqueeze(-1).expand(-1, -1, size)),
         basis=frame.basis.unsqueeze(1).repeat(1, n_row, 1),
-        price=price,
-        update=torch.empty(n_group, n_row, 24, size, dtype=dtype, device=device),
-        place=torch.empty(n_group, n_row, 24, dtype=torch.long, device=device),
+        price=tableau.steepness * visible,
+        update=torch.empty(n_group, n_row, first + 16, size, dtype=dtype, device=device),
+        place=torch.empty(n_group, n_row, first + 16, dtype=torch.long, device=device),
     )
-    target = frame.target.gather(1, row.unsqueeze(-1).expand(-1, -1, size))
-    beta = torch.zeros(n_group, n_row, n_key, dtype=weights.dtype, device=device)
-    solved = torch.zeros(n_group, n_row, dtype=torch.bool, device=device)
+    if first:
+        part = max(1, (_LU_ROWS_CPU if device.type == "cpu" else _ROWS_GPU) // n_group)
+        for start in range(0, n_row, part):
+            _take_heaviest(tableau, state, weight, first, slice(start, start + part))
 
-    for step in range(4 * size + 1):
-        if step == state.place.shape[2]:
-            state.grow()
+    for step in range(first, first + 4 * size + 1):
         worst, leaving = state.x.min(dim=-1)
         going = state.alive & (worst < 0.0)
         most = int(going.sum(dim=-1).max())
         if most <= COMPACT * going.shape[1]:
-            _finish(frame, state, going, step, target, visible, beta, solved)
+            _finish(frame, state, going, step, weights, sparse, solved)
             worst, leaving = state.x.min(dim=-1)
             going = state.alive & (worst < 0.0)
             most = int(going.sum(dim=-1).max())
@@ -219,9 +248,51 @@ def _search(frame: _Frame, tableau: _Tableau, weights: Tensor, row: Tensor, aliv
             order = torch.argsort((~going).to(torch.int8), dim=1, stable=True)[:, :most]
             state = state.pick(order)
             worst, leaving, going = worst.gather(1, order), leaving.gather(1, order), going.gather(1, order)
+        if step == state.place.shape[2]:
+            state.grow(16)
         found = _exchange(tableau, state, step, worst, leaving, going)
         state.alive = state.alive & (found | ~going)
-    return beta, solved
+
+
+def _take_heaviest(tableau: _Tableau, state: _Rows, weight: Tensor, count: int, rows: slice) -> None:
+    """Take the `count` heaviest keys outside the basis into it, at the places that a pivoted LU finds.
+
+    With the entering keys' columns C and their places P, K = C[P], the coordinates c become c + c[P] U, where
+    U is the transpose of K^-1 - 1 at P and of -C K^-1 elsewhere.
+    """
+    x, basis, weight = state.x[:, rows], state.basis[:, rows], weight[:, rows]
+    n_group, n_row, size = x.shape
+    many = n_group * n_row
+    heavy, key = weight.scatter(2, basis, 0.0).topk(count, dim=-1)
+    # Heavy keys stay in the basis: the LU sees their rows as small.
+    stays = weight.gather(2, basis) >= heavy[..., -1:]
+    scale = torch.where(stays, 1e-2, 1.0).to(weight.dtype).view(many, size)
+    factor, pivots, info = torch.linalg.lu_factor_ex((tableau.take(key) * scale.unsqueeze(1)).mT)
+    pivots = (pivots - 1).long()
+    order = torch.arange(size, device=key.device).repeat(many, 1)
+    for i in range(count):
+        here, there = order[:, i : i + 1].clone(), pivots[:, i : i + 1]
+        order[:, i : i + 1] = order.gather(1, there)
+        order.scatter_(1, there, here)
+    scale = scale.gather(1, order)
+    lower = torch.cat([torch.eye(count, dtype=x.dtype, device=x.device).expand(many, -1, -1), factor[:, count:]], dim=1)
+    first = factor[:, :count]
+    lower = torch.linalg.solve_triangular(first, lower, upper=False, left=False, unitriangular=True)
+    top = torch.linalg.solve_triangular(first, lower[:, :count], upper=True)
+    lower = torch.cat([top, lower[:, count:] / -scale[:, count:].unsqueeze(-1)], dim=1).contiguous()
+    lower *= scale[:, :count].unsqueeze(1)
+    lower[:, :count].diagonal(dim1=1, dim2=2).sub_(1.0)
+    # Left as they are: rows that see too few keys, or whose new basis is next to singular.
+    low, high = lower.view(many, -1).aminmax(dim=-1)
+    steady = ((info == 0) & (low > -1e3) & (high < 1e3)).view(n_group, n_row)
+    moving = (state.alive[:, rows] & (heavy[..., -1] > 0.0) & steady).unsqueeze(-1)
+    lower.masked_fill_(~moving.view(many, 1, 1), 0.0)
+    back = torch.argsort(order, dim=1) + torch.arange(0, many * size, size, device=key.device).unsqueeze(-1)
+    update = lower.view(-1, count).index_select(0, back.view(-1)).view(n_group, n_row, size, count).mT
+    place = order[:, :count].view(n_group, n_row, count)
+    state.update[:, rows, :count], state.place[:, rows, :count] = update, place
+    x += torch.matmul(x.gather(2, place).unsqueeze(2), update).squeeze(2)
+    basis.scatter_(2, place, torch.where(moving, key, basis.gather(2, place)))
 
 
 def _exchange(tableau: _Tableau, state: _Rows, step: int, worst: Tensor, leaving: Tensor, going: Tensor) -> Tensor:
@@ -240,8 +311,7 @@ def _exchange(tableau: _Tableau, state: _Rows, step: int, worst: Tensor, leaving
     # The steepest key of each of CANDIDATES parts, and its column of the current tableau.
     steep, key = slopes.max(dim=-1)
     key = key + torch.arange(CANDIDATES, device=key.device) * (n_slot // CANDIDATES)
-    offset = torch.arange(n_group, device=key.device).view(-1, 1, 1) * n_slot
-    columns = tableau.columns.index_select(0, (key + offset).view(-1)).view(many, CANDIDATES, size)
+    columns = tableau.take(key)
     if step:
         places = place.unsqueeze(2).expand(-1, -1, CANDIDATES, -1)
         at_places = columns.view(n_group, n_row, CANDIDATES, size).gather(3, places)
@@ -276,45 +346,40 @@ def _exchange(tableau: _Tableau, state: _Rows, step: int, worst: Tensor, leaving
 
 
 def _finish(
-    frame: _Frame,
-    state: _Rows,
-    going: Tensor,
-    step: int,
-    target: Tensor,
-    visible: Tensor,
-    beta: Tensor,
-    solved: Tensor,
+    frame: _Frame, state: _Rows, going: Tensor, step: int, weights: Tensor, sparse: Tensor, solved: Tensor
 ) -> None:
-    """Refine in float64 the coordinates that ended non-negative, and put what is right into `beta` and `solved`.
+    """Refine in float64 the coordinates that ended non-negative, and put what is right into `sparse` and `solved`.
 
     A coordinate that turns out to be negative goes back into the search.
     """
-    n_key, size = beta.shape[-1], state.x.shape[-1]
+    n_group, n_query, n_key = sparse.shape
+    size = state.x.shape[-1]
     ended = state.alive & ~going
     order = torch.argsort((~ended).to(torch.int8), dim=1, stable=True)[:, : int(ended.sum(dim=-1).max())]
-    part, ended = state.pick(order), ended.gather(1, order)
+    part, ended = state.pick(order, "row", "alive", "x", "basis", "update", "place"), ended.gather(1, order)
     update, place = part.update[:, :, :step], part.place[:, :, :step]
-    target = target.gather(1, part.row.unsqueeze(-1).expand(-1, -1, size))
+    index = part.row.unsqueeze(-1).expand(-1, -1, size)
+    target = frame.target.gather(1, index)
     x = part.x.to(target.dtype)
-    dense = torch.empty(*x.shape[:2], n_key, dtype=x.dtype, device=x.device)
+    dense = torch.zeros(*x.shape[:2], n_key, dtype=x.dtype, device=x.device)
     for _ in range(3):
-        dense.zero_().scatter_(2, part.basis, x)
-        rest = torch.bmm(target - torch.bmm(dense, frame.points), frame.inverse)
-        fix = torch.matmul(rest.to(update.dtype).gather(2, place).unsqueeze(2), update).squeeze(2)
-        x += rest + fix
-    index = order.unsqueeze(-1).expand(-1, -1, size)
+        rest = torch.bmm(target - torch.bmm(dense.scatter_(2, part.basis, x), frame.points), frame.inverse)
+        if step:
+            x += torch.matmul(rest.gather(2, place).to(update.dtype).unsqueeze(2), update).squeeze(2)
+        x += rest
     low = x.to(state.x.dtype)
-    state.x.scatter_(1, index, torch.where(ended.unsqueeze(-1), low, part.x))
+    state.x.scatter_(1, order.unsqueeze(-1).expand(-1, -1, size), torch.where(ended.unsqueeze(-1), low, part.x))
     x.clamp_(min=0.0)
     x /= x.sum(dim=-1, keepdim=True)
-    dense.zero_().scatter_(2, part.basis, x)
-    error = torch.linalg.vector_norm(target - torch.bmm(dense, frame.points), dim=-1)
-    index = part.row.unsqueeze(-1).expand(-1, -1, n_key)
-    seen = visible.gather(1, index)
-    allowed = 4 * size * torch.finfo(x.dtype).eps * (seen * frame.spread.unsqueeze(1)).amax(dim=-1)
-    right = ended & (error <= allowed) & ~((dense > 0) & ~seen).any(dim=-1)
-    beta.scatter_(1, index, torch.where(right.unsqueeze(-1), dense, beta.gather(1, index)))
-    solved.scatter_(1, part.row, right | solved.gather(1, part.row))
+    error = torch.linalg.vector_norm(target - torch.bmm(dense.scatter_(2, part.basis, x), frame.points), dim=-1)
+    group = torch.arange(n_group, device=x.device).unsqueeze(-1)
+    spread = (frame.spread[group.unsqueeze(-1), part.basis] * (x > 0)).amax(dim=-1)
+    allowed = 4 * size * torch.finfo(x.dtype).eps * spread
+    hidden = weights[group.unsqueeze(-1), part.row.unsqueeze(-1), part.basis] <= 0
+    right = ended & (error <= allowed) & ~(hidden & (x > 0)).any(dim=-1)
+    into = (group * n_query + part.row)[right]
+    sparse.view(-1, n_key)[into] = dense[right]
+    solved.view(-1)[into] = True
     # Not right, and no coordinate below zero to work on: given up.
     again = ended & ~right & (low.amin(dim=-1) < 0.0)
     state.alive.scatter_(1, order, again | (part.alive & ~ended))
