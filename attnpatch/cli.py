@@ -343,6 +343,37 @@ def bench(
         _out().print(f"written: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
+@app.command("bench-gpu")
+def bench_gpu(
+    budget_minutes: Annotated[float, typer.Option("--budget-minutes", min=0.1, help="Stop cleanly after these.")] = 8.5,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of each pair that is timed.")] = 7,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder with Multi30k, for training; else synthetic text.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", help="Folder for gpu-cuda.json.")] = Path("results/benchmarks"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tiny shapes on the CPU: tries the script; measures nothing.")
+    ] = False,
+) -> None:
+    """Check every kernel on a CUDA device, then measure the most important ratios first, within a time budget."""
+    import os
+
+    if dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+    from attnpatch.bench import gpu
+    from attnpatch.bench.timing import BenchmarkError, Settings
+    from attnpatch.environment import available_cpus
+
+    def say(line: str) -> None:
+        _out().print(line, highlight=False, markup=False, soft_wrap=True)
+
+    settings = Settings(1 if dry_run else repeats, available_cpus(), "cpu" if dry_run else "cuda", data, say)
+    path, failed = gpu.run(settings, output, budget_minutes, dry_run)
+    say(f"written: {path}")
+    if failed:
+        raise BenchmarkError(f"these stages failed: {', '.join(failed)}; {path} says how")
+
+
 @app.command()
 def env(as_json: AsJson = False) -> None:
     """Show versions, the machine, families, variants and attention backends: what a bug report needs."""

@@ -92,6 +92,11 @@ def cpu_has_bf16() -> bool:
     return any(bool(getattr(torch.cpu, name)()) for name in checks if hasattr(torch.cpu, name))
 
 
+def cpu_identity() -> str:
+    """The processor's architecture, name and instruction sets: what code compiled for it depends on."""
+    return "\n".join((platform.machine(), _cpu_line("model name") or platform.processor(), _cpu_line("flags") or ""))
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +15,12 @@ import torch
 from typer.testing import CliRunner
 
 from attnpatch import bench
-from attnpatch.bench import Settings, steps, tables, targets, timing
+from attnpatch.bench import Settings, gpu, steps, tables, targets, timing
 from attnpatch.bench.plot import draw, ratios
 from attnpatch.bench.timing import BenchmarkError
 from attnpatch.cli import app
 from attnpatch.errors import SpecError
+from attnpatch.kernels import dispatch
 
 
 def test_every_benchmark_has_parts() -> None:
@@ -234,3 +237,38 @@ def test_one_real_part(tmp_path: Path) -> None:
     quiet = Settings(repeats=1, threads=torch.get_num_threads(), say=lambda line: None)
     (path,) = bench.run(["toolkit.import"], quiet, tmp_path)
     assert 0 < json.loads(path.read_text())["import"]["ratio"]["median"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_gpu_session_on_a_cpu(tmp_path: Path) -> None:
+    """The same stages as on a GPU, with tiny shapes in Triton's interpreter; a wrong kernel would fail the first."""
+    command = [sys.executable, "-m", "attnpatch", "bench-gpu", "--dry-run", "--output", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    found = json.loads((tmp_path / "gpu-dry.json").read_text())
+    assert found["measured"]["dry_run"]
+    assert not found["check"]["wrong"]
+    assert len(found["check"]["cases"]) >= 6
+    assert found["operator"]["float32, T = 16"]["triton"]["both"]["milliseconds"] > 0
+    assert set(gpu.STAGES) <= set(found)
+    assert not any("failed" in found[name] for name in gpu.STAGES)
+
+
+def test_a_stage_that_fails_does_not_end_the_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(session: gpu.Session) -> None:
+        raise BenchmarkError("off by 0.5")
+
+    def right(session: gpu.Session) -> None:
+        session.results["second"] = {"ratio": 1.0}
+
+    monkeypatch.setattr(gpu, "STAGES", {"first": (wrong, 0), "second": (right, 0), "third": (right, 10_000)})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(dispatch, "triton_score", object())
+    path, failed = gpu.run(Settings(device="cuda", say=lambda line: None), tmp_path, 1.0)
+    found = json.loads(path.read_text())
+    assert failed == ["first"]
+    assert "off by 0.5" in found["first"]["failed"]
+    assert found["second"]["ratio"] == 1.0
+    assert "budget" in found["third"]["left_out"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import fast_cases
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from attnpatch.errors import SpecError
-from attnpatch.kernels import blocked, dispatch, score
+from attnpatch.kernels import blocked, dispatch, native, score
 
 KERNELS = [pytest.param(k, id=f"{k[0]}{k[1]}") for k in fast_cases.KERNELS]
 SIZES = [(1, 1), (1, 70), (70, 1), (37, 53), (64, 64), (90, 33), (33, 90)]
@@ -23,9 +24,10 @@ SIZES = [(1, 1), (1, 70), (70, 1), (37, 53), (64, 64), (90, 33), (33, 90)]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a small test has several blocks and a remainder in both directions."""
+    """So that a small test has several blocks and a remainder in both directions, and the loop in C where it can."""
     monkeypatch.setattr(blocked, "BLOCK_QUERIES", 16)
     monkeypatch.setattr(blocked, "BLOCK_KEYS", 32)
+    monkeypatch.setattr(blocked, "COMPILED_FROM", 0)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -34,6 +36,48 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocked(seed: int, kernel: tuple[str, int], mask: str, size: tuple[int, int]) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         fast_cases.check_against_oracle("blocked", kernel, mask, size, 5, dtype)
+
+
+@pytest.mark.parametrize("kernel", [("expressive", 2), ("polynomial", 2)])
+@pytest.mark.parametrize("mask", ["causal", "heads"])
+def test_blocked_without_the_compiled_loop(
+    seed: int, monkeypatch: pytest.MonkeyPatch, kernel: tuple[str, int], mask: str
+) -> None:
+    monkeypatch.setattr(blocked, "COMPILED_FROM", 2**62)
+    for dtype in (torch.float32, torch.bfloat16):
+        fast_cases.check_against_oracle("blocked", kernel, mask, (37, 53), 5, dtype)
+    fast_cases.check_magnitudes("blocked", kernel, 1e19, (40, 70))
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"no compiled loop: {native.why_not()}")
+@pytest.mark.parametrize("name", native.KERNELS)
+def test_the_compiled_loop(seed: int, name: str, tmp_path: Path) -> None:
+    """Built anew into an empty folder; each function against float64; and denormal numbers still exist."""
+    loop = native.Native(native._load(tmp_path), name)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
+    z, inner = (torch.randn(2, 7, 131) * 10.0 ** torch.randint(-8, 5, (2, 7, 1)) for _ in range(2))
+    exact = z.double().requires_grad_()
+    f = exact.square() / (1.0 + exact.square()) if name == "expressive" else exact.square()
+    (slope,) = torch.autograd.grad(f.sum(), exact)
+    strength, sums = z.clone(), torch.empty(2, 7)
+    loop.forward(strength, sums)
+    torch.testing.assert_close(strength.double(), f.detach(), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(sums.double(), f.detach().sum(-1), rtol=1e-5, atol=0.0)
+    strength, gradient = z.clone(), inner.clone()
+    loop.backward(strength, gradient)
+    torch.testing.assert_close(strength.double(), f.detach(), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(gradient.double(), inner.double() * slope / 2.0, rtol=2e-6, atol=0.0)
+    assert (torch.tensor(1e-40) * 0.5).item() > 0.0
+
+
+def test_no_compiled_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that fails, or none, is no error."""
+    monkeypatch.setattr(native, "_library", native._library.__wrapped__)
+    for compiler in ("/bin/false", None):
+        monkeypatch.setattr(native, "_compiler", lambda compiler=compiler: compiler)
+        assert native._library() is None
+    monkeypatch.setenv(native.VARIABLE, "0")
+    assert native.VARIABLE in str(native.why_not())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -18,12 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from attnpatch.kernels import triton_score as t
 
-for function in (t._forward.fn, t._key_gradients.fn, t._query_gradients.fn, t._row_delta):
+for function in (t._forward, t._key_gradients, t._query_gradients, t._row_delta):
     values = dict(KERNEL=0, DEGREE=2, CAUSAL=False, HAS_MASK=True, DROPOUT=True, HEAD_DIM=80, BLOCK_D=128,
                   PRECISION="tf32", BLOCK_M=64, BLOCK_N=64, RESIDUAL=True)
     constants = {name: values[name] for name in function.arg_names if name in values}
     kinds = {"Mask": "*u8", "Sums": "*fp32", "Scales": "*fp32", "Delta": "*fp32", "Inverse": "*fp32",
-             "scale": "fp32", "factor": "fp32", "seed": "i64", "threshold": "i64"}
+             "scale": "fp32", "factor": "fp32", "Seed": "*i64", "threshold": "i64"}
     signature = {
         name: "constexpr" if name in constants else kinds.get(name, "*bf16" if name[0].isupper() else "i32")
         for name in function.arg_names

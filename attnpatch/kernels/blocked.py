@@ -7,7 +7,8 @@ forward pass adds up f V and the row sums N = sum_j f_ij, and the backward pass 
 
     a = f / N,  da = dO V^T,  dz = (da - rowsum(dO * O)) / N * f'(z)
 
-The elementwise work is done in place, on buffers that stay in the cache. Rows that float32 cannot sum this way
+The elementwise work is done in place, on buffers that stay in the cache, by torch or in one pass by a compiled loop
+(`attnpatch.kernels.native`). Rows that float32 cannot sum this way
 (N under- or overflows) are found by N and computed by the plain form.
 """
 
@@ -20,10 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnpatch.kernels.native import native
 from attnpatch.kernels.score import attention_weights, compute_dtype, no_autocast
 
 BLOCK_QUERIES = 256
 BLOCK_KEYS = 512
+
+# Scores of one call from which the compiled loop is used (and built, if this is the first): smaller calls gain little.
+COMPILED_FROM = 2**20
 
 # A row sum outside these bounds has lost weights, or overflows in the gradient: the plain form rescales the row.
 SMALLEST, LARGEST = 1e-25, 1e25
@@ -50,8 +55,12 @@ Hide = Callable[[Tensor], Tensor]
 class _Strength:
     """f and f' of a block of scores, in place, on preallocated buffers."""
 
-    def __init__(self, rule: Rule, size: int, dtype: torch.dtype, gradient: bool) -> None:
+    def __init__(self, rule: Rule, size: int, dtype: torch.dtype, gradient: bool, compiled: bool) -> None:
         self.rule = rule
+        self._native = native(rule.kernel, rule.degree, dtype) if compiled else None
+        if self._native is not None:
+            self._sums = torch.empty(size, dtype=dtype)
+            return
         count = {"expressive": 2 if gradient else 1, "elu": 1, "polynomial": 1 if gradient or rule.degree > 2 else 0}
         self._spare = [torch.empty(size, dtype=dtype) for _ in range(count[rule.kernel])]
         self._one = torch.ones((), dtype=dtype)
@@ -64,8 +73,12 @@ class _Strength:
             views = self._views[like.shape] = [spare[: like.numel()].view(like.shape) for spare in self._spare]
         return views
 
-    def forward(self, z: Tensor, hide: Hide) -> None:
-        """z -> f(z); `z` is hidden (zero) already where no key is visible."""
+    def forward(self, z: Tensor, hide: Hide) -> Tensor:
+        """z -> f(z), and the sums of its rows; `z` is hidden (zero) already where no key is visible."""
+        if self._native is not None:
+            sums = self._sums[: z.shape[0] * z.shape[1]].view(z.shape[:2])
+            self._native.forward(z, sums)
+            return sums
         if self.rule.kernel == "expressive":
             (other,) = self._buffers(z)
             z.mul_(z)
@@ -83,9 +96,13 @@ class _Strength:
             other.exp_()
             hide(other)
             z.clamp_(min=0.0).add_(other)
+        return z.sum(-1)
 
     def backward(self, z: Tensor, inner: Tensor, hide: Hide) -> None:
         """z -> f(z), and inner -> inner * f'(z) up to `slope`."""
+        if self._native is not None:
+            self._native.backward(z, inner)
+            return
         if self.rule.kernel == "expressive":
             inverse, half = self._buffers(z)
             torch.addcmul(self._one, z, z, out=inverse)
@@ -232,10 +249,11 @@ class _Dropout:
 class _Workspace:
     """The buffers of one call: a few blocks, whatever the length."""
 
-    def __init__(self, rule: Rule, query: Tensor, gradient: bool) -> None:
+    def __init__(self, rule: Rule, query: Tensor, key: Tensor, gradient: bool) -> None:
         size = BLOCK_QUERIES * BLOCK_KEYS
         self.dtype = compute_dtype(query)
-        self.strength = _Strength(rule, size, self.dtype, gradient)
+        compiled = query.shape[:3].numel() * key.shape[2] >= COMPILED_FROM
+        self.strength = _Strength(rule, size, self.dtype, gradient, compiled)
         self.dropout = _Dropout(rule, size, self.dtype) if rule.dropout_p > 0.0 else None
         self._buffers = [torch.empty(size, dtype=self.dtype) for _ in range(2 if gradient else 1)]
         self._views: dict[tuple[int, ...], list[Tensor]] = {}
@@ -332,37 +350,44 @@ def blocked_forward(
     (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], _compact(keep))
     r = residual.view(o.shape) if residual.numel() else None
     with no_autocast(query.device):
-        work = _Workspace(rule, query, gradient=False)
+        work = _Workspace(rule, query, key, gradient=False)
+        n.zero_()
         for number, batch, heads, mask in _chunks(q, k, keep):
             chunk = _Chunk(rule, k[batch, heads], v[batch, heads], mask, work.dtype)
-            rows = q[batch, heads].to(work.dtype)
-            total = torch.zeros(rows.shape[:2], dtype=work.dtype)
+            rows, total = q[batch, heads].to(work.dtype), n[batch, heads]
             target = o[batch, heads]
-            # In place where nothing is rounded.
-            direct = target.dtype == work.dtype and target.is_contiguous()
-            summed = target.zero_() if direct else torch.zeros(target.shape, dtype=work.dtype)
+            summed = _place(target, work.dtype)
             for start in range(0, rows.shape[1], BLOCK_QUERIES):
                 stop = min(start + BLOCK_QUERIES, rows.shape[1])
                 here, here_total, here_summed = rows[:, start:stop], total[:, start:stop], summed[:, start:stop]
+                beta = 0.0
                 for block in chunk.blocks(start, stop):
                     z = work.scores(here, block.key_t, rule.scale)
                     hide = chunk.hider(start, stop, block.first, block.end, work.dtype)
                     hide(z)
-                    work.strength.forward(z, hide)
-                    here_total.add_(z.sum(-1))
+                    here_total.add_(work.strength.forward(z, hide))
                     if work.dropout is not None:
                         z.mul_(work.dropout.draw(z.shape, number, start, block.first))
-                    here_summed.baddbmm_(z, block.value)
+                    torch.baddbmm(here_summed, z, block.value, beta=beta, out=here_summed)
+                    beta = 1.0
+                if beta == 0.0:
+                    here_summed.zero_()
             # Not a number where the row is lost, which is repaired.
             summed.div_(total.unsqueeze(-1))
-            if not ((total >= SMALLEST) & (total <= LARGEST)).all():
+            lowest, highest = torch.aminmax(total)
+            if not SMALLEST <= lowest <= highest <= LARGEST:
                 _repair(rule, work, chunk, number, rows, summed, total)
-            if not direct:
+            if summed is not target:
                 target.copy_(summed)
             if r is not None:
                 r[batch, heads] = summed.sub_(target)
-            n[batch, heads] = total
     return output, residual, sums
+
+
+def _place(target: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where to add up a result, uninitialised: in place where nothing is rounded."""
+    direct = target.dtype == dtype and target.is_contiguous()
+    return target if direct else torch.empty(target.shape, dtype=dtype)
 
 
 def _repair(
@@ -421,14 +446,14 @@ def blocked_backward(
     r = residual.view(o.shape) if residual.numel() else None
     g, dq, dk, dv = (x.reshape(y.shape) for x, y in zip((grad, *grads), (o, q, k, v), strict=True))
     with no_autocast(query.device):
-        work = _Workspace(rule, query, gradient=True)
+        work = _Workspace(rule, query, key, gradient=True)
         slope = rule.scale * work.strength.slope
         for number, batch, heads, mask in _chunks(q, k, keep):
             chunk = _Chunk(rule, k[batch, heads], v[batch, heads], mask, work.dtype)
             rows = q[batch, heads].to(work.dtype)
-            dq_sum = torch.zeros(rows.shape, dtype=work.dtype)
-            dk_sum = torch.zeros(k[batch, heads].shape, dtype=work.dtype)
-            dv_sum = torch.zeros(v[batch, heads].shape, dtype=work.dtype)
+            targets = [x[batch, heads] for x in (dq, dk, dv)]
+            results = [_place(x, work.dtype).zero_() for x in targets]
+            dq_sum, dk_sum, dv_sum = results
             total = n[batch, heads].unsqueeze(-1)
             given = g[batch, heads].to(work.dtype)
             by_plain = None
@@ -443,10 +468,9 @@ def blocked_backward(
             # It is subtracted within the product: [dO / N, -delta] [V, 1]^T.
             given_delta = torch.cat([given, -delta], dim=-1)
             value_one_t = torch.cat([chunk.value, torch.ones_like(chunk.value[:, :, :1])], dim=-1).mT
-            sloped = rows * slope
             for start in range(0, rows.shape[1], BLOCK_QUERIES):
                 stop = min(start + BLOCK_QUERIES, rows.shape[1])
-                here, here_sloped, here_given = (x[:, start:stop] for x in (rows, sloped, given))
+                here, here_given = rows[:, start:stop], given[:, start:stop]
                 here_delta, here_both, here_dq = (x[:, start:stop] for x in (delta, given_delta, dq_sum))
                 for block in chunk.blocks(start, stop):
                     first, end = block.first, block.end
@@ -463,15 +487,18 @@ def blocked_backward(
                     if keep_weight is not None:
                         z.mul_(keep_weight)
                     dv_sum[:, first:end].baddbmm_(z.mT, here_given)
-                    dk_sum[:, first:end].baddbmm_(inner.mT, here_sloped)
+                    dk_sum[:, first:end].baddbmm_(inner.mT, here)
                     here_dq.baddbmm_(inner, block.key)
             dq_sum.mul_(slope)
+            dk_sum.mul_(slope)
             if by_plain is not None:
                 seen = slice(chunk.first_key, chunk.n_keys)
                 _add_plain_gradients(
                     rule, work, chunk, number, q[batch, heads], by_plain, dq_sum, dk_sum[:, seen], dv_sum[:, seen]
                 )
-            dq[batch, heads], dk[batch, heads], dv[batch, heads] = dq_sum, dk_sum, dv_sum
+            for target, result in zip(targets, results, strict=True):
+                if result is not target:
+                    target.copy_(result)
     return grads[0], grads[1], grads[2]
 
 

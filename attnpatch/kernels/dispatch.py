@@ -1,7 +1,8 @@
 """Which implementation computes attention with a non-softmax score kernel.
 
     triton   fused, on CUDA, where Triton is installed
-    flex     FlexAttention with log f added to no score: CUDA where Triton cannot serve; forward only on the CPU
+    flex     FlexAttention with log f for the score: on CUDA heads above 128, and values of another size than keys;
+             forward only on the CPU
     blocked  block by block on the CPU, O(T) memory
     plain    the definition, [T, S] weights in memory; serves everything
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attnpatch.errors import SpecError
+from attnpatch.kernels import blocked, native
 from attnpatch.kernels.blocked import blocked_attention_op
 from attnpatch.kernels.score import check_name, default_scale, plain_attention
 
@@ -70,12 +72,7 @@ def attend(
         name = "plain"
     tensors = (query, key, value, attn_mask)
     if name == "auto":
-        for candidate in ("triton", "flex", "blocked"):
-            if why_not(candidate, *tensors, dropout_p, kernel) is None and _pays(candidate, query, key):
-                name = candidate
-                break
-        else:
-            name = "plain"
+        name = choose(*tensors, dropout_p, kernel)
     elif name != "plain":
         reason = why_not(name, *tensors, dropout_p, kernel)
         if reason is not None:
@@ -84,7 +81,9 @@ def attend(
         return plain_attention(query, key, value, attn_mask, dropout_p, is_causal, factor, kernel=kernel, degree=degree)
     shape = query.shape
     q, k, v, keep = _four_dimensions(query, key, value, attn_mask)
-    seed = torch.randint(2**62, (), device="cpu") if dropout_p > 0.0 else None
+    # Drawn where it is read: a seed on the GPU needs no synchronisation, and differs in each replay of a CUDA graph.
+    seed_on = query.device if name == "triton" else "cpu"
+    seed = torch.randint(2**62, (), device=seed_on) if dropout_p > 0.0 else None
     if name in ("blocked", "triton"):
         operator = blocked_attention_op if name == "blocked" else triton_score.triton_attention_op
         training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
@@ -94,6 +93,14 @@ def attend(
 
         output = flex_attention(q, k, v, keep, is_causal, factor, kernel, degree)
     return output if len(shape) == 4 else output.reshape(*_leading(query, key, value), *output.shape[-2:])
+
+
+def choose(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, kernel: str) -> str:
+    """The fastest implementation that can serve a call."""
+    for candidate in ("triton", "flex", "blocked"):
+        if why_not(candidate, query, key, value, attn_mask, dropout_p, kernel) is None and _pays(candidate, query, key):
+            return candidate
+    return "plain"
 
 
 def why_not(
@@ -122,6 +129,8 @@ def why_not(
         return "FlexAttention has no dropout"
     if query.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return "FlexAttention has no gradient on the CPU"
+    if query.device.type == "cuda" and triton_score is None:
+        return "FlexAttention on CUDA is compiled by Triton, which is not installed (pip install triton)"
     if query.device.type not in ("cpu", "cuda"):
         return f"FlexAttention runs on cuda and cpu, and query is on {query.device}"
     return None
@@ -161,15 +170,16 @@ def _four_dimensions(
 
 
 def describe() -> dict[str, object]:
-    """What `attnpatch env` shows of it."""
-    cpu = torch.zeros(1, 1, 1, 16)
-    return {
-        "asked for": _asked,
-        "on cpu": f"blocked from {BLOCKED_FROM} scores a head, else plain",
-        "on cuda": "plain"
-        if not torch.cuda.is_available()
-        else "flex"
-        if triton_score is None
-        else "triton, else flex",
-        "triton": _why_not_triton(cpu, cpu) or "available",
-    }
+    """What `attnpatch env` shows of it: what each device and dtype gets, asked of `choose` itself."""
+    found: dict[str, object] = {"asked for": f"{_asked} ({VARIABLE} asks for another)"}
+    for device in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            x = torch.empty(1, 1, 512, 64, dtype=dtype, device=device)
+            found[f"{device} {str(dtype).removeprefix('torch.')}"] = choose(x, x, x, None, 0.0, "expressive")
+    found["below"] = f"{BLOCKED_FROM} scores a head the CPU takes plain"
+    found["compiled loop of blocked"] = native.why_not() or f"from {blocked.COMPILED_FROM} scores a call, in float32"
+    if triton_score is None:
+        found["triton"] = _why_not_triton(torch.empty(0), torch.empty(0))
+    else:
+        found["triton"] = f"block sizes {'tuned' if triton_score.tuning() else 'fixed'} ({triton_score.TUNE_VARIABLE})"
+    return found

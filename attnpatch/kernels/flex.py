@@ -51,7 +51,7 @@ def flex_attention(
             n_keys,
             device=str(query.device),
         )
-    function = flex.flex_attention if query.device.type == "cpu" else torch.compile(flex.flex_attention, dynamic=False)
+    function = flex.flex_attention if query.device.type == "cpu" else torch.compile(flex.flex_attention)
     output = function(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale)
     assert isinstance(output, Tensor)
     return output

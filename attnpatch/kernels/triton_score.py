@@ -9,13 +9,20 @@ that is saved beside the sum: f(z) is z^2 / m^2 / (1 + z^2), (z / m)^degree, or 
 negative m and over 1 + m for a positive one. m = 1 (elu: 0) in every other row; m = inf means that all visible
 scores are zero, and the row is uniform.
 
-Dropout keeps a weight if Philox(seed; position in the row-major scores, head) exceeds p: the backward pass draws
-the same numbers.
+Dropout keeps a weight if a hash of its column under two Philox keys of its row (seed; row, head) exceeds p: the
+backward pass draws the same numbers, whatever the block sizes. The seed is read on the device, so that the kernels can
+be captured in a CUDA graph.
+
+The inner loop of a forward pass is a multiply-add, a reciprocal square root and three multiplications or additions a
+score, because elementwise work and not the matrix products sets the time (docs/performance.md). Its blocks are not
+masked where nothing is hidden: beyond the last key z = 0, and f(0) = 0.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +33,10 @@ from torch import Tensor
 KERNEL_CODES = {"expressive": 0, "polynomial": 1, "elu": 2}
 
 MAX_HEAD_DIM = 128
+TUNE_VARIABLE = "ATTNPATCH_TUNE"
+
+# Arguments whose being 1 or a multiple of 16 would only make Triton compile again.
+UNSPECIALISED = ["n_heads", "n_queries", "n_keys", "threshold", "size_class"]
 
 _INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 
@@ -33,14 +44,24 @@ SMALLEST = tl.constexpr(1e-25)
 LARGEST = tl.constexpr(1e25)
 # sqrt of the smallest normal float32, times 1e-9: rows of smaller scores are uniform in the plain form.
 ZERO = tl.constexpr(1e-28)
+# Beyond it f(z) = 1 in float32, and the square does not overflow.
+BOUND = tl.constexpr(1e18)
 # Triton's interpreter multiplies bfloat16 as if it were integers.
 UPCAST = tl.constexpr(_INTERPRETED)
+
+
+def tuning() -> bool:
+    """Whether block sizes are tuned for each kind of call, as they are unless ATTNPATCH_TUNE is 0."""
+    return os.environ.get(TUNE_VARIABLE) != "0"
 
 
 def why_not(query: Tensor, value: Tensor) -> str | None:
     """Why Triton cannot serve these tensors, or None if it can."""
     if query.device.type != "cuda" and not (_INTERPRETED and query.device.type == "cpu"):
         return f"it runs on CUDA, and query is on {query.device}"
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(query.device)
+        return f"it takes GPUs of compute capability 8.0 and above, and this one has {major}.{minor}"
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, and query is {query.dtype}"
     if query.shape[-1] != value.shape[-1]:
@@ -66,32 +87,40 @@ def _power(x, EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def _strength(z, m, KERNEL: tl.constexpr, DEGREE: tl.constexpr):
-    """f(z), where rows are scaled by m."""
+def _row_factors(m, KERNEL: tl.constexpr):
+    """(what z or f is multiplied by, what is added to f) for rows scaled by m."""
+    if KERNEL == 2:
+        return 1.0 / (1.0 + tl.maximum(m, 0.0)), m * 0.0
+    uniform = m == float("inf")
+    return tl.where(uniform, 0.0, 1.0 / m), tl.where(uniform, 1.0, 0.0)
+
+
+@triton.jit
+def _strength(z, m, unit, added, KERNEL: tl.constexpr, DEGREE: tl.constexpr):
+    """f(z) of rows scaled by m; `unit` and `added` as from `_row_factors`."""
     if KERNEL == 0:
-        inverse = 1.0 / (1.0 + z * z)
-        scaled = z / m
-        # z^2 may overflow where |z| > 1, m is 1 there.
-        f = tl.where(tl.abs(z) > 1.0, 1.0 - inverse, scaled * scaled * inverse)
-        f = tl.where(m == float("inf"), 1.0, f)
+        z = tl.minimum(tl.abs(z), BOUND)
+        f = z * tl.rsqrt(1.0 + z * z) * unit
+        f = f * f + added
     elif KERNEL == 1:
-        f = _power(z / m, DEGREE)
-        f = tl.where(m == float("inf"), 1.0, f)
+        f = _power(z * unit, DEGREE) + added
     else:
-        f = (tl.exp(tl.minimum(z, 0.0) - tl.minimum(m, 0.0)) + tl.maximum(z, 0.0)) / (1.0 + tl.maximum(m, 0.0))
+        f = (tl.exp(tl.minimum(z, 0.0) - tl.minimum(m, 0.0)) + tl.maximum(z, 0.0)) * unit
     return f
 
 
 @triton.jit
-def _slope(z, m, KERNEL: tl.constexpr, DEGREE: tl.constexpr):
+def _slope(z, m, unit, KERNEL: tl.constexpr, DEGREE: tl.constexpr):
     """df/dz, in the same scale."""
     if KERNEL == 0:
-        inverse = 1.0 / (1.0 + z * z)
-        d = 2.0 * (z / m) * inverse * inverse / m
+        z = tl.maximum(tl.minimum(z, BOUND), -BOUND)
+        root = tl.rsqrt(1.0 + z * z)
+        inverse = root * root
+        d = (2.0 * unit) * (z * unit) * (inverse * inverse)
     elif KERNEL == 1:
-        d = DEGREE * _power(z / m, DEGREE - 1) / m
+        d = (DEGREE * unit) * _power(z * unit, DEGREE - 1)
     else:
-        d = tl.exp(tl.minimum(z, 0.0) - tl.minimum(m, 0.0)) / (1.0 + tl.maximum(m, 0.0))
+        d = tl.exp(tl.minimum(z, 0.0) - tl.minimum(m, 0.0)) * unit
     return d
 
 
@@ -108,13 +137,22 @@ def _visible(Mask, rows, cols, stride_mt, stride_ms, n_queries, n_keys, CAUSAL: 
 
 
 @triton.jit
-def _kept(rows, cols, n_keys, head, seed, threshold):
-    """Dropout's choice, from the position alone."""
-    # tl.cast, because an argument of 1 is a constant, which has no methods.
-    position = tl.cast(rows, tl.uint32)[:, None] * tl.cast(n_keys, tl.uint32) + tl.cast(cols, tl.uint32)[None, :]
-    zero = position * 0
-    random, _, _, _ = tl.philox(seed, position, zero + tl.cast(head, tl.uint32), zero, zero)
-    return tl.cast(random, tl.uint32, bitcast=True) >= tl.cast(threshold, tl.uint32)
+def _mix(x):
+    """A bijection of 32 bits whose every output bit depends on every input bit (Wellons' lowbias32)."""
+    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _kept(rows, cols, head, Seed, threshold):
+    """Dropout's choice, from the position alone. Philox is for rows: for each score it would cost most."""
+    row = tl.cast(rows, tl.uint32)
+    zero = row * 0
+    first, second, _, _ = tl.philox(tl.load(Seed), row, zero + tl.cast(head, tl.uint32), zero, zero)
+    first, second = tl.cast(first, tl.uint32, bitcast=True), tl.cast(second, tl.uint32, bitcast=True)
+    random = _mix(_mix(first[:, None] ^ tl.cast(cols, tl.uint32)[None, :]) ^ second[:, None])
+    return random >= tl.cast(threshold, tl.uint32)
 
 
 @triton.jit
@@ -126,13 +164,17 @@ def _tile(Base, index, features, stride_n, stride_d, n, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _sum_keys(
-    q, m, Key, Value, Mask, rows, head, seed, threshold, scale, last,
-    stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys,
+    q, m, Key, Value, Mask, rows, head, Seed, threshold, scale, last,
+    stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys, SCALED: tl.constexpr,
     KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(sum_j f v, sum_j f) of a block of queries."""
+    """(sum_j f v, sum_j f) of a block of queries; without SCALED m is neutral, and costs nothing."""
+    unit, added = 1.0, 0.0
+    if SCALED:
+        unit, added = _row_factors(m, KERNEL)
+        unit, added = unit[:, None], added[:, None]
     features = tl.arange(0, BLOCK_D)
     summed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -141,31 +183,40 @@ def _sum_keys(
         k = _tile(Key, cols, features, stride_ks, stride_kd, n_keys, HEAD_DIM)
         v = _tile(Value, cols, features, stride_vs, stride_vd, n_keys, HEAD_DIM)
         z = _dot(q, tl.trans(k), PRECISION) * scale
-        seen = _visible(Mask, rows, cols, stride_mt, stride_ms, n_queries, n_keys, CAUSAL, HAS_MASK)
-        f = tl.where(seen, _strength(z, m[:, None], KERNEL, DEGREE), 0.0)
+        f = _strength(z, m[:, None], unit, added, KERNEL, DEGREE)
+        if SCALED or CAUSAL or HAS_MASK or KERNEL == 2:
+            seen = _visible(Mask, rows, cols, stride_mt, stride_ms, n_queries, n_keys, CAUSAL, HAS_MASK)
+            f = tl.where(seen, f, 0.0)
         # Rounded before they are summed, so that the weights add up to one.
         f = f.to(v.dtype)
         total += tl.sum(f.to(tl.float32), 1)
         if DROPOUT:
-            f = tl.where(_kept(rows, cols, n_keys, head, seed, threshold), f, 0.0)
+            f = tl.where(_kept(rows, cols, head, Seed, threshold), f, 0.0)
         summed += _dot(f, v, PRECISION)
     return summed, total
 
 
 @triton.jit
+def _place(n, BLOCK: tl.constexpr):
+    """(block, head) of a program. One dimension: the others of a grid end at 65,535, which batches times heads pass."""
+    blocks = tl.cdiv(n, BLOCK)
+    return tl.program_id(0) % blocks, tl.program_id(0) // blocks
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def _forward(
-    Query, Key, Value, Mask, Output, Residual, Sums, Scales,
+    Query, Key, Value, Mask, Seed, Output, Residual, Sums, Scales,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mt, stride_ms,
     stride_ob, stride_oh, stride_ot, stride_od,
-    n_heads, n_queries, n_keys, scale, seed, threshold, factor, size_class,
+    n_heads, n_queries, n_keys, scale, threshold, factor, size_class,
     KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
+    block, head = _place(n_queries, BLOCK_M)
     b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
-    start = tl.program_id(0) * BLOCK_M
+    start = block * BLOCK_M
     rows = start + tl.arange(0, BLOCK_M)
     features = tl.arange(0, BLOCK_D)
     Key += b * stride_kb + h * stride_kh
@@ -178,8 +229,8 @@ def _forward(
     neutral = 0.0 if KERNEL == 2 else 1.0
     m = tl.full([BLOCK_M], neutral, tl.float32)
     summed, total = _sum_keys(
-        q, m, Key, Value, Mask, rows, head, seed, threshold, scale, last,
-        stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys,
+        q, m, Key, Value, Mask, rows, head, Seed, threshold, scale, last,
+        stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys, False,
         KERNEL, DEGREE, CAUSAL, HAS_MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     # Not a number fails the comparisons, too. float16 has no digits left for small weights.
@@ -205,8 +256,8 @@ def _forward(
             better = tl.where(peak > ZERO, tl.minimum(peak, 1.0), float("inf"))
         m = tl.where(lost, better, m)
         summed, total = _sum_keys(
-            q, m, Key, Value, Mask, rows, head, seed, threshold, scale, last,
-            stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys,
+            q, m, Key, Value, Mask, rows, head, Seed, threshold, scale, last,
+            stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys, True,
             KERNEL, DEGREE, CAUSAL, HAS_MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     output = summed * (factor / tl.where(total > 0.0, total, 1.0))[:, None]
@@ -229,9 +280,9 @@ def _row_delta(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """rowsum(dO * O), and 1 / N in the place of N."""
-    head = tl.program_id(1)
+    block, head = _place(n_queries, BLOCK_M)
     b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     features = tl.arange(0, BLOCK_D)
     g = _tile(Grad + b * stride_gb + h * stride_gh, rows, features, stride_gt, stride_gd, n_queries, HEAD_DIM)
     first = b * stride_ob + h * stride_oh
@@ -247,39 +298,44 @@ def _row_delta(
 
 @triton.jit
 def _block_gradients(
-    q, k, v, g, m, inverse, delta, Mask, rows, cols, head, seed, threshold, factor, scale,
+    q, k, v, g, m, inverse, delta, Mask, rows, cols, head, Seed, threshold, factor, scale,
     stride_mt, stride_ms, n_queries, n_keys,
     KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(weights after dropout, dL/dz) of one block of scores."""
     z = _dot(q, tl.trans(k), PRECISION) * scale
-    seen = _visible(Mask, rows, cols, stride_mt, stride_ms, n_queries, n_keys, CAUSAL, HAS_MASK)
     inner = _dot(g, tl.trans(v), PRECISION)
-    weights = tl.where(seen, _strength(z, m[:, None], KERNEL, DEGREE) * inverse[:, None], 0.0)
+    unit, added = _row_factors(m, KERNEL)
+    weights = _strength(z, m[:, None], unit[:, None], added[:, None], KERNEL, DEGREE) * inverse[:, None]
+    # Where it is zero the slope is, too, and rows and columns beyond the last reach nothing that is stored.
+    slope = _slope(z, m[:, None], unit[:, None], KERNEL, DEGREE) * inverse[:, None]
+    if CAUSAL or HAS_MASK or KERNEL == 2:
+        seen = _visible(Mask, rows, cols, stride_mt, stride_ms, n_queries, n_keys, CAUSAL, HAS_MASK)
+        weights = tl.where(seen, weights, 0.0)
+        slope = tl.where(seen, slope, 0.0)
     if DROPOUT:
-        kept = tl.where(_kept(rows, cols, n_keys, head, seed, threshold), factor, 0.0)
+        kept = tl.where(_kept(rows, cols, head, Seed, threshold), factor, 0.0)
         weights = weights * kept
         inner = inner * kept
-    slope = _slope(z, m[:, None], KERNEL, DEGREE) * inverse[:, None]
-    return weights, tl.where(seen, (inner - delta[:, None]) * slope, 0.0)
+    return weights, (inner - delta[:, None]) * slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def _key_gradients(
-    Query, Key, Value, Mask, Grad, Inverse, Scales, Delta, KeyGrad, ValueGrad,
+    Query, Key, Value, Mask, Seed, Grad, Inverse, Scales, Delta, KeyGrad, ValueGrad,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mt, stride_ms,
     stride_gb, stride_gh, stride_gt, stride_gd, stride_yb, stride_yh, stride_ys, stride_yd,
     stride_wb, stride_wh, stride_ws, stride_wd,
-    n_heads, n_queries, n_keys, scale, seed, threshold, factor, size_class,
+    n_heads, n_queries, n_keys, scale, threshold, factor, size_class,
     KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
+    block, head = _place(n_keys, BLOCK_N)
     b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.arange(0, BLOCK_D)
     Query += b * stride_qb + h * stride_qh
     Grad += b * stride_gb + h * stride_gh
@@ -291,7 +347,7 @@ def _key_gradients(
     begin = 0
     if CAUSAL:
         # Queries before these keys see none of them.
-        begin = (tl.program_id(0) * BLOCK_N) // BLOCK_M * BLOCK_M
+        begin = (block * BLOCK_N) // BLOCK_M * BLOCK_M
     for start in range(begin, n_queries, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         q = _tile(Query, rows, features, stride_qt, stride_qd, n_queries, HEAD_DIM)
@@ -301,7 +357,7 @@ def _key_gradients(
         delta = tl.load(Delta + offset, mask=rows < n_queries, other=0.0)
         m = tl.load(Scales + offset, mask=rows < n_queries, other=1.0)
         weights, dz = _block_gradients(
-            q, k, v, g, m, inverse, delta, Mask, rows, cols, head, seed, threshold, factor, scale,
+            q, k, v, g, m, inverse, delta, Mask, rows, cols, head, Seed, threshold, factor, scale,
             stride_mt, stride_ms, n_queries, n_keys, KERNEL, DEGREE, CAUSAL, HAS_MASK, DROPOUT, PRECISION,
         )  # fmt: skip
         dv += _dot(tl.trans(weights.to(g.dtype)), g, PRECISION)
@@ -314,20 +370,20 @@ def _key_gradients(
     tl.store(pointers, dv.to(ValueGrad.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def _query_gradients(
-    Query, Key, Value, Mask, Grad, Inverse, Scales, Delta, QueryGrad,
+    Query, Key, Value, Mask, Seed, Grad, Inverse, Scales, Delta, QueryGrad,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mt, stride_ms,
     stride_gb, stride_gh, stride_gt, stride_gd, stride_xb, stride_xh, stride_xt, stride_xd,
-    n_heads, n_queries, n_keys, scale, seed, threshold, factor, size_class,
+    n_heads, n_queries, n_keys, scale, threshold, factor, size_class,
     KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
+    block, head = _place(n_queries, BLOCK_M)
     b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
-    start = tl.program_id(0) * BLOCK_M
+    start = block * BLOCK_M
     rows = start + tl.arange(0, BLOCK_M)
     features = tl.arange(0, BLOCK_D)
     Key += b * stride_kb + h * stride_kh
@@ -348,7 +404,7 @@ def _query_gradients(
         k = _tile(Key, cols, features, stride_ks, stride_kd, n_keys, HEAD_DIM)
         v = _tile(Value, cols, features, stride_vs, stride_vd, n_keys, HEAD_DIM)
         _, dz = _block_gradients(
-            q, k, v, g, m, inverse, delta, Mask, rows, cols, head, seed, threshold, factor, scale,
+            q, k, v, g, m, inverse, delta, Mask, rows, cols, head, Seed, threshold, factor, scale,
             stride_mt, stride_ms, n_queries, n_keys, KERNEL, DEGREE, CAUSAL, HAS_MASK, DROPOUT, PRECISION,
         )  # fmt: skip
         dq += _dot(dz.to(k.dtype), k, PRECISION)
@@ -358,28 +414,111 @@ def _query_gradients(
     tl.store(pointers, (dq * scale).to(QueryGrad.dtype.element_ty), mask=stored)
 
 
-def _configs(sizes: list[tuple[int, int, int, int]]) -> list[Any]:
-    if _INTERPRETED:
-        sizes = [(16, 32, 4, 1)]
-    return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in sizes
-    ]
-
-
-# Tuned once for each power of two of the length, not for every length.
+# (BLOCK_M, BLOCK_N, warps, stages). The first is what is used untuned: it fits the 99 KiB of shared memory of consumer
+# GPUs up to D = 128 in half precision.
+Sizes = tuple[int, int, int, int]
+_FORWARD: list[Sizes] = [
+    (64, 64, 4, 2),
+    (128, 64, 4, 3),
+    (128, 64, 8, 3),
+    (128, 128, 8, 3),
+    (64, 32, 4, 2),
+    (32, 32, 4, 2),
+]
+_BACKWARD: list[Sizes] = [
+    (32, 64, 4, 2),
+    (64, 64, 4, 2),
+    (64, 64, 8, 2),
+    (64, 128, 8, 2),
+    (128, 64, 8, 2),
+    (32, 32, 4, 2),
+]
+_SMALL: Sizes = (16, 32, 4, 1)
+_sizes: Sizes | None = None
 _KEY = ["size_class", "KERNEL", "DEGREE", "CAUSAL", "HAS_MASK", "DROPOUT", "BLOCK_D", "PRECISION"]
-_FORWARD = [(128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2), (32, 32, 4, 2)]
-_BACKWARD = [(64, 64, 4, 2), (64, 128, 8, 2), (128, 64, 8, 2), (32, 64, 4, 3), (32, 128, 8, 2), (32, 32, 4, 2)]
-_forward = triton.autotune(_configs(_FORWARD), key=_KEY)(_forward)
-_key_gradients = triton.autotune(_configs(_BACKWARD), key=_KEY)(_key_gradients)
-_query_gradients = triton.autotune(_configs(_BACKWARD), key=_KEY)(_query_gradients)
+
+
+def _config(sizes: Sizes) -> Any:
+    m, n, warps, stages = sizes
+    return triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+
+
+def _prune(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
+    """Leaves out blocks far longer than the sequences, and for float32 those that would live in spilled registers.
+
+    Those that do not fit the GPU's shared memory Triton leaves out itself.
+    """
+    longest = max(arguments["n_queries"], arguments["n_keys"], 32)
+    area = 128 * 64 if arguments["Query"].dtype != torch.float32 else 64 * 64
+    area = area * 64 // constants.get("BLOCK_D", 64) if constants.get("BLOCK_D", 64) > 64 else area * 2
+    kept = [
+        c
+        for c in configs
+        if max(c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"]) < 2 * longest
+        and c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"] <= area
+    ]
+    return kept or configs[-1:]
+
+
+def _bench(call: Any, quantiles: Any) -> Any:
+    return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
+
+
+def _tuned(function: Any, sizes: list[Sizes]) -> Any:
+    sizes = [_SMALL] if _INTERPRETED else sizes
+    options = {} if _INTERPRETED else {"prune_configs_by": {"early_config_prune": _prune}, "do_bench": _bench}
+    return triton.autotune([_config(size) for size in sizes], key=_KEY, **options)(function)
+
+
+_TUNED = {
+    "forward": _tuned(_forward, _FORWARD),
+    "key": _tuned(_key_gradients, _BACKWARD),
+    "query": _tuned(_query_gradients, _BACKWARD),
+}
+
+
+def all_sizes() -> list[Sizes]:
+    """The block sizes that tuning chooses among."""
+    return sorted({*_FORWARD, *_BACKWARD})
+
+
+@contextlib.contextmanager
+def fixed_sizes(sizes: Sizes) -> Iterator[None]:
+    """Within it every kernel runs with these block sizes, untuned."""
+    global _sizes
+    before, _sizes = _sizes, sizes
+    try:
+        yield
+    finally:
+        _sizes = before
+
+
+def _launch(name: str, length: int, heads: int, block: str, *arguments: Any, **constants: Any) -> None:
+    """Runs a kernel, one program for each block of `length` and each head, with tuned or fixed block sizes."""
+    kernel = _TUNED[name]
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        return (triton.cdiv(length, meta[block]) * heads,)
+
+    if tuning() and _sizes is None:
+        kernel[grid](*arguments, **constants)
+        return
+    m, n, warps, stages = _sizes or _untuned(name, arguments[0].dtype, constants["BLOCK_D"])
+    kernel.fn[grid](*arguments, **constants, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
+
+
+def _untuned(name: str, dtype: torch.dtype, block_d: int) -> Sizes:
+    if _INTERPRETED:
+        return _SMALL
+    if dtype == torch.float32:
+        return (32, 32, 4, 1) if block_d > 64 else (32, 64, 4, 1)
+    return _FORWARD[0] if name == "forward" else _BACKWARD[0]
 
 
 def _options(
     query: Tensor,
     key: Tensor,
     keep: Tensor | None,
-    seed: Tensor | None,
     kernel: str,
     degree: int,
     scale: float,
@@ -389,18 +528,17 @@ def _options(
     """The scalar arguments that all kernels share, and their constants."""
     head_dim, n_keys = query.shape[-1], key.shape[2]
     threshold = min(round(dropout_p * 2**32), 2**32 - 1)
-    size_class = max(query.shape[2], n_keys).bit_length() * 64 + min(query.shape[2], n_keys).bit_length()
+    # Tuned once for each power of two of the longer length, not for every length.
+    size_class = max(query.shape[2], n_keys, 128).bit_length()
     scalars = (
         query.shape[1],
         query.shape[2],
         n_keys,
         scale,
-        0 if seed is None else int(seed),
         threshold,
         2.0**32 / (2**32 - threshold),
         size_class,
     )
-    exact = query.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     constants = {
         "KERNEL": KERNEL_CODES[kernel],
         "DEGREE": degree,
@@ -409,9 +547,16 @@ def _options(
         "DROPOUT": dropout_p > 0.0,
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "PRECISION": "ieee" if exact else "tf32",
+        "PRECISION": _precision(query),
     }
     return scalars, constants
+
+
+def _precision(query: Tensor) -> str:
+    """Of products of float32: as torch's own are set. "tf32x3" is float32 but for its last bits, on tensor cores."""
+    if query.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3" if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0) else "ieee"
 
 
 def _mask(keep: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -453,13 +598,15 @@ def triton_attention_op(
     if output.numel() == 0:
         return output, residual, sums, scales
     mask, mask_strides = _mask(keep, query, key)
-    scalars, constants = _options(query, key, keep, seed, kernel, degree, scale, is_causal, dropout_p)
+    scalars, constants = _options(query, key, keep, kernel, degree, scale, is_causal, dropout_p)
     n_batch, n_heads, n_queries, _ = query.shape
-    _forward[lambda meta: (triton.cdiv(n_queries, meta["BLOCK_M"]), n_batch * n_heads)](
-        query, key, value, mask, output, residual, sums, scales,
-        *query.stride(), *key.stride(), *value.stride(), *mask_strides, *output.stride(), *scalars,
-        **constants, RESIDUAL=residual.numel() > 0,
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        _launch(
+            "forward", n_queries, n_batch * n_heads, "BLOCK_M",
+            query, key, value, mask, query if seed is None else seed, output, residual, sums, scales,
+            *query.stride(), *key.stride(), *value.stride(), *mask_strides, *output.stride(), *scalars,
+            **constants, RESIDUAL=residual.numel() > 0,
+        )  # fmt: skip
     return output, residual, sums, scales
 
 
@@ -487,21 +634,22 @@ def triton_attention_backward_op(
     if output.numel() == 0 or key.numel() == 0:
         return tuple(x.zero_() for x in grads)  # type: ignore[return-value]
     mask, mask_strides = _mask(keep, query, key)
-    scalars, constants = _options(query, key, keep, seed, kernel, degree, scale, is_causal, dropout_p)
+    scalars, constants = _options(query, key, keep, kernel, degree, scale, is_causal, dropout_p)
     n_batch, n_heads, n_queries, _ = query.shape
+    programs = n_batch * n_heads
     inverse, delta = sums.clone(), torch.empty_like(sums)
-    _row_delta[(triton.cdiv(n_queries, 64), n_batch * n_heads)](
-        grad, output, residual, inverse, delta, *grad.stride(), *output.stride(), n_heads, n_queries,
-        HEAD_DIM=constants["HEAD_DIM"], BLOCK_D=constants["BLOCK_D"], RESIDUAL=residual.numel() > 0, BLOCK_M=64,
-    )  # fmt: skip
-    tensors = (query, key, value, mask, grad, inverse, scales, delta)
+    tensors = (query, key, value, mask, query if seed is None else seed, grad, inverse, scales, delta)
     strides = (*query.stride(), *key.stride(), *value.stride(), *mask_strides, *grad.stride())
-    _key_gradients[lambda meta: (triton.cdiv(key.shape[2], meta["BLOCK_N"]), n_batch * n_heads)](
-        *tensors, *grads[1:], *strides, *grads[1].stride(), *grads[2].stride(), *scalars, **constants
-    )
-    _query_gradients[lambda meta: (triton.cdiv(n_queries, meta["BLOCK_M"]), n_batch * n_heads)](
-        *tensors, grads[0], *strides, *grads[0].stride(), *scalars, **constants
-    )
+    dq, dk, dv = grads
+    with torch.cuda.device_of(query):
+        _row_delta[(triton.cdiv(n_queries, 64) * programs,)](
+            grad, output, residual, inverse, delta, *grad.stride(), *output.stride(), n_heads, n_queries,
+            HEAD_DIM=constants["HEAD_DIM"], BLOCK_D=constants["BLOCK_D"], RESIDUAL=residual.numel() > 0, BLOCK_M=64,
+        )  # fmt: skip
+        arguments = (*tensors, dk, dv, *strides, *dk.stride(), *dv.stride(), *scalars)
+        _launch("key", key.shape[2], programs, "BLOCK_N", *arguments, **constants)
+        arguments = (*tensors, dq, *strides, *dq.stride(), *scalars)
+        _launch("query", n_queries, programs, "BLOCK_M", *arguments, **constants)
     return grads
 
 

@@ -1,0 +1,422 @@
+"""What a GPU session is for, in order of importance and within a budget: the kernels checked, then timed.
+
+check     every form of the Triton kernels against the plain form in float64, output and gradients
+operator  expressive attention, D = 64, over F.scaled_dot_product_attention and its best backend; plain, FlexAttention
+roberta   a RoBERTa-base training step at T = 512 in bf16, expressive over stock: time and memory
+steps     a training step of neural, alignment and query_value models over stock
+solver    the exact value-aware solver over scipy's non-negative least squares
+marian    Marian training and decoding over transformers' own loops
+
+Each stage writes its results before the next starts. One that fails is written down with its error, and one that the
+budget leaves no time for with that reason. A dry run takes the same way with tiny shapes on a CPU, the kernels in
+Triton's interpreter: it shows that the script works, and its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from attnpatch.bench.timing import BenchmarkError, Settings, compare, peak_bytes
+
+HALF, SINGLE = ("bfloat16", "float16"), "float32"
+CASES = ("none", "causal", "padding", "rows", "dropout")
+
+
+@dataclass
+class Session:
+    """What is measured with, how long it may take, and the file that grows."""
+
+    settings: Settings
+    path: Path
+    seconds: float
+    dry: bool
+    results: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.started)
+
+    def write(self) -> None:
+        from attnpatch.atomic import write_json
+
+        write_json(self.path, self.results)
+
+
+def run(settings: Settings, out: Path, minutes: float, dry: bool = False) -> tuple[Path, list[str]]:
+    """Run the stages that `minutes` suffice for; write gpu-DEVICE.json into `out` after each (dry: gpu-dry.json).
+
+    Returns:
+        The file, and the stages that failed.
+
+    Raises:
+        BenchmarkError: no CUDA device, or a dry run without Triton's interpreter.
+    """
+    import torch
+
+    from attnpatch.environment import LIBRARIES, machine, versions
+    from attnpatch.kernels import dispatch
+
+    if not dry and not torch.cuda.is_available():
+        raise BenchmarkError("there is no CUDA device here; --dry-run tries the script on a CPU")
+    if dispatch.triton_score is None or (dry and not os.environ.get("TRITON_INTERPRET")):
+        raise BenchmarkError("Triton is not installed, or a dry run lacks TRITON_INTERPRET=1 in the environment")
+    session = Session(settings, out / f"gpu-{'dry' if dry else settings.device}.json", 60 * minutes, dry)
+    session.results["measured"] = {
+        "date": date.today().isoformat(),
+        "dry_run": dry,
+        "repeats": settings.repeats,
+        **machine(),
+        **versions((*LIBRARIES, "triton")),
+    }
+    failed = []
+    for name, (stage, least) in STAGES.items():
+        if session.left() < least and not dry:
+            session.results[name] = {"left_out": f"{session.left():.0f} s of the budget were left; it takes {least}"}
+            session.write()
+            continue
+        start = time.monotonic()
+        try:
+            stage(session)
+        except Exception as error:
+            # The stages after it are worth having, whatever it was: out of memory, a compiler's error, a wrong result.
+            failed.append(name)
+            session.results.setdefault(name, {})["failed"] = f"{type(error).__name__}: {error}"[:2000]
+            settings.say(f"{name} failed: {error}\n{traceback.format_exc(limit=-4)}")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        session.results.setdefault(name, {})["seconds"] = round(time.monotonic() - start, 1)
+        session.write()
+        settings.say(f"{name}: {session.results[name]['seconds']} s, {session.left():.0f} s left")
+    return session.path, failed
+
+
+# --- check ------------------------------------------------------------------------------------------------------
+
+
+def cases(dry: bool) -> list[tuple[str, int, int, str, str]]:
+    """(kernel, degree, D, dtype, case): everything for D = 64, and what a head size may break for the others."""
+    if dry:
+        return [("expressive", 2, 16, SINGLE, case) for case in CASES] + [("elu", 2, 20, "bfloat16", "rows")]
+    found = [("expressive", 2, 64, dtype, case) for dtype in (*HALF, SINGLE) for case in CASES]
+    found += [("expressive", 2, dim, dtype, "rows") for dim in (32, 80, 96, 128) for dtype in (*HALF, SINGLE)]
+    found += [("expressive", 2, dim, "bfloat16", "dropout") for dim in (32, 80, 96, 128)]
+    others = (("polynomial", 2), ("polynomial", 4), ("elu", 2))
+    found += [(*kernel, 64, dtype, "rows") for kernel in others for dtype in ("bfloat16", SINGLE)]
+    return found
+
+
+def check_case(case: tuple[str, int, int, str, str], device: str, dry: bool) -> dict[str, Any]:
+    """Relative errors (norms) of output, dq, dk and dv; block sizes are not tuned, which would take minutes."""
+    import torch
+
+    from attnpatch.kernels import score
+
+    kernel, degree, dim, name, kind = case
+    dtype = getattr(torch, name)
+    torch.manual_seed(hash(case) % 2**31)
+    n_queries, n_keys = ((20, 20) if dry else (333, 333)) if kind == "causal" else ((20, 35) if dry else (333, 517))
+    heads = 1 if dry else 3
+    q, k, v, g = (torch.randn(2, heads, n, dim, device=device) for n in (n_queries, n_keys, n_keys, n_queries))
+    # Scores of both signs, away from 0: f'/f is unbounded there, and magnifies rounding where few keys are visible.
+    q, k = q.abs() + 0.5, (k.abs() + 0.5) * torch.randn(n_keys, 1, device=device).sign()
+    # Heads beside features in memory, as models have them.
+    q, k, v, g = (x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, g))
+    mask, p = None, 0.3 if kind == "dropout" else 0.0
+    if kind == "padding":
+        mask = torch.rand(2, 1, 1, n_keys, device=device) < 0.6
+    if kind == "rows":
+        mask = torch.rand(2, heads, n_queries, n_keys, device=device) < 0.5
+        mask[0, :, 0] = False
+    arguments: dict[str, Any] = {
+        "is_causal": kind == "causal",
+        "scale": 1.0 / dim,
+        "kernel": kernel,
+        "degree": degree,
+    }
+    if p:
+        # With the unit matrix for values the output is the weights, which shows what was dropped.
+        seen = torch.eye(dim, device=device, dtype=dtype).expand(2, heads, -1, -1)
+        k, v = k[:, :, :dim], v[:, :, :dim]
+        torch.manual_seed(5)
+        shown = score.kernel_attention(q, k, seen, None, p, implementation="triton", **arguments)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.manual_seed(5)
+    output = score.kernel_attention(*leaves, mask, p, implementation="triton", **arguments)
+    found = (output, *torch.autograd.grad(output, leaves, g))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    if p:
+        weights = score.attention_weights(exact[0], exact[1], **arguments) * (shown != 0) / (1.0 - p)
+        kept = float((shown != 0).double().mean())
+        if not abs(kept - (1.0 - p)) < 0.02 + 2 * dry:
+            raise BenchmarkError(f"{case}: {kept:.3f} of the weights are kept, not {1.0 - p}")
+        wanted = weights @ exact[2]
+    else:
+        wanted = score.kernel_attention(*exact, mask, implementation="plain", **arguments)
+    expected = (wanted, *torch.autograd.grad(wanted, exact, g.double()))
+    errors = {
+        what: float(((a.double() - b).norm() / b.norm()).detach())
+        for what, a, b in zip(("output", "dq", "dk", "dv"), found, expected, strict=True)
+    }
+    return {"case": " ".join(map(str, case)), **errors}
+
+
+def _checked(work: tuple[Any, ...]) -> dict[str, Any]:
+    """In a process of its own: a check, or the compilation of one set of block sizes for what is timed later."""
+    kind, case, device, dry = work
+    os.environ["ATTNPATCH_TUNE"] = "0"
+    try:
+        if kind == "check":
+            return check_case(case, device, dry)
+        return _compile(case, device)
+    except Exception as error:
+        return {"case": " ".join(map(str, case)), "error": f"{type(error).__name__}: {error}"[:600]}
+
+
+def _compile(case: tuple[Any, ...], device: str) -> dict[str, Any]:
+    import torch
+
+    from attnpatch.kernels import dispatch, score
+
+    sizes, dtype, masked, dropout_p = case
+    q, k, v = (torch.randn(1, 2, 256, 64, device=device, dtype=getattr(torch, dtype)) for _ in range(3))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    mask = torch.ones(1, 1, 256, 256, device=device, dtype=torch.bool) if masked else None
+    with dispatch.triton_score.fixed_sizes(sizes):
+        output = score.expressive_attention(*leaves, mask, dropout_p)
+        torch.autograd.grad(output.sum(), leaves)
+    return {"case": " ".join(map(str, case)), "compiled": True}
+
+
+def check(session: Session) -> None:
+    import torch
+
+    from attnpatch.environment import available_cpus
+    from attnpatch.kernels import dispatch
+
+    device, dry = session.settings.device, session.dry
+    work: list[tuple[Any, ...]] = [("check", case, device, dry) for case in cases(dry)]
+    if dry:
+        done = [_untuned(item) for item in work]
+    else:
+        ways = (("bfloat16", False, 0.0), ("bfloat16", True, 0.1))
+        work += [("compile", (s, *w), device, dry) for w in ways for s in dispatch.triton_score.all_sizes()]
+        # Most of the time is the compiler's, which takes one core a process; what it makes stays in Triton's cache.
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(12, available_cpus()), mp_context=spawn) as pool:
+            done = list(pool.map(_checked, work))
+    results = dict(zip([item[1] for item in work], done, strict=True))
+    wrong = []
+    for case, found in results.items():
+        if "error" in found:
+            # Block sizes that do not fit the device are no error: tuning passes over them.
+            wrong += [f"{found['case']}: {found['error']}"] if len(case) == 5 else []
+        elif "compiled" not in found:
+            allowed = 1e-5 if case[3] == SINGLE else 1e-2
+            off = {what: found[what] for what in ("output", "dq", "dk", "dv") if not found[what] <= allowed}
+            if off:
+                wrong.append(f"{found['case']}: " + ", ".join(f"{w} {e:.1e} > {allowed:.0e}" for w, e in off.items()))
+    session.results["check"] = {"cases": list(results.values()), "wrong": wrong}
+    session.settings.say(f"{len(results)} cases checked, {len(wrong)} wrong")
+    if wrong:
+        raise BenchmarkError("; ".join(wrong))
+    if torch.cuda.is_available():
+        session.results["check"]["cuda_graph"] = _graph(device)
+
+
+def _untuned(work: tuple[Any, ...]) -> dict[str, Any]:
+    before = os.environ.get("ATTNPATCH_TUNE")
+    try:
+        return _checked(work)
+    finally:
+        os.environ.pop("ATTNPATCH_TUNE") if before is None else os.environ.__setitem__("ATTNPATCH_TUNE", before)
+
+
+def _graph(device: str) -> str:
+    """Captured in a CUDA graph, with dropout: each replay drops other weights."""
+    import torch
+
+    from attnpatch.functional import expressive_attention
+
+    x = torch.randn(1, 2, 256, 64, device=device, dtype=torch.bfloat16)
+    expressive_attention(x, x, x, None, 0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        output = expressive_attention(x, x, x, None, 0.5)
+    graph.replay()
+    first = output.clone()
+    graph.replay()
+    if not bool(first.isfinite().all()) or torch.equal(first, output):
+        raise BenchmarkError("two replays of a CUDA graph drop the same weights, or are not finite")
+    return "captured; replays drop different weights"
+
+
+# --- measurements ------------------------------------------------------------------------------------------------
+
+
+def _backends(device: str) -> dict[str, Any]:
+    """SDPA's backends by name, apart from its own choice."""
+    from torch.nn.attention import SDPBackend
+
+    if device == "cpu":
+        return {"flash": SDPBackend.FLASH_ATTENTION}
+    names = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
+    return {name: getattr(SDPBackend, value) for name, value in names.items()}
+
+
+def operator(session: Session) -> None:
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import sdpa_kernel
+
+    from attnpatch.bench import score
+
+    device, dry = session.settings.device, session.dry
+    lengths, tokens, dim = ((16,), 32, 16) if dry else ((512, 2048, 1024, 4096), 2**18, 64)
+    table = session.results["operator"] = {"peer": "F.scaled_dot_product_attention", "head_dim": dim}
+    flex = [] if dry else [(2048, "bfloat16", ("flex",))]
+    rows = [(n, dtype, ()) for dtype in (("bfloat16", SINGLE) if not dry else (SINGLE,)) for n in lengths]
+    for length, name, others in (*rows, *flex):
+        if session.left() < 20 and not dry:
+            table["left_out"] = f"from T = {length} {name} on: the budget was spent"
+            return
+        dtype = getattr(torch, name)
+        tensors = score.inputs(length, dim, device, dtype, heads=max(2, tokens // length))
+        grad = torch.randn_like(tensors[0])
+        chosen = others or ("auto", "plain") if not dry else ("triton", "plain")
+        forms: dict[str, Any] = {"sdpa": score.form("expressive", "sdpa", False)}
+        for backend, value in _backends(device).items():
+
+            def only(q: Any, k: Any, v: Any, value: Any = value) -> Any:
+                with sdpa_kernel(value):
+                    return F.scaled_dot_product_attention(q, k, v)
+
+            with contextlib.suppress(RuntimeError):  # a backend that does not take this dtype
+                score.passes(only, tensors, grad)
+                forms[f"sdpa {backend}"] = only
+        # The dry run's stage before has checked them, in sizes that the interpreter can bear.
+        error = None if dry else score.check("expressive", chosen[0], False, dim, device, dtype)
+        forms |= {form: score.form("expressive", form, False) for form in chosen}
+        row: dict[str, Any] = {"shape": list(tensors[0].shape), "relative_error": error}
+        for what, given in (("forward", None), ("both", grad)):
+            timed = score.compare(forms, tensors, given, device, session.settings.repeats)
+            best = min(timed[form]["milliseconds"] for form in forms if form.startswith("sdpa"))
+            for form, found in timed.items():
+                row.setdefault(form, {})[what] = found | {"ratio_over_best": found["milliseconds"] / best}
+        for form, attend in forms.items():
+            row[form]["peak_bytes"] = peak_bytes(partial(score.passes, attend, tensors, grad), device)
+        held = 4 * grad.numel() * grad.element_size()  # query, key, value and the output's gradient
+        for form in forms:
+            row[form]["memory"] = (row[form]["peak_bytes"] + held) / (row["sdpa"]["peak_bytes"] + held)
+        label = f"{name}, T = {length}" + (f" ({', '.join(others)})" if others else "")
+        table[label] = row
+        shown = "  ".join(f"{what} {row[chosen[0]][what]['ratio_over_best']:.2f}" for what in ("forward", "both"))
+        session.settings.say(f"{label}: {shown} over SDPA's best, memory {row[chosen[0]]['memory']:.2f}")
+        session.write()
+
+
+@contextlib.contextmanager
+def _with_triton(session: Session) -> Iterator[None]:
+    """In a dry run the automatic choice on a CPU would not be the kernels that are tried."""
+    from attnpatch.kernels import dispatch
+
+    with dispatch.use_implementation("triton") if session.dry else contextlib.nullcontext():
+        yield
+
+
+def _step(session: Session, label: str, architecture: tuple[type, Any], spec: Any, batch: int, tokens: int) -> None:
+    import torch
+
+    from attnpatch.bench.steps import step
+
+    settings = session.settings
+    stock = step(architecture, None, batch, tokens, settings.device, bf16=True)
+    ours = step(architecture, spec, batch, tokens, settings.device, bf16=True)
+    if not bool(ours().isfinite()):
+        raise BenchmarkError(f"{label}: the loss is not finite; nothing was timed")
+    stock()
+    timed = compare(ours, stock, settings.repeats, settings.device)
+    peaks = [peak_bytes(run, settings.device) for run in (ours, stock)]
+    held = 0 if settings.device == "cpu" else torch.cuda.memory_allocated() / 2
+    timed["memory"] = {"ratio": (peaks[0] + held) / (peaks[1] + held), "peak_bytes": peaks}
+    session.results.setdefault("roberta" if "base" in label else "steps", {})[label] = timed
+    session.settings.say(f"{label}: {timed['ratio']['median']:.3f} times the stock step")
+    session.write()
+
+
+def roberta_base(session: Session) -> None:
+    from attnpatch.bench.steps import roberta
+
+    layers, hidden, batch, tokens = (1, 64, 2, 16) if session.dry else (12, 768, 16, 512)
+    with _with_triton(session):
+        for name in ("expressive",) if session.dry else ("expressive", "polynomial"):
+            _step(session, f"{name}, RoBERTa-base, T = {tokens}", roberta(layers, hidden), name, batch, tokens)
+
+
+def steps(session: Session) -> None:
+    from attnpatch.bench.steps import marian, roberta
+
+    layers, hidden, batch, tokens = (1, 64, 2, 16) if session.dry else (12, 768, 32, 128)
+    pairs = 2 if session.dry else 128
+    specs: list[Any] = [
+        "neural",
+        *({"variant": "alignment", "options": {"alignment": {"method": m}}} for m in ("gan", "ct", "ot", "mmd")),
+        "query_value",
+        {"variant": "query_value", "options": {"query_value": {"gate": "query"}}},
+        "expressive",
+    ]
+    words = ["neural", "alignment gan", "alignment ct", "alignment ot", "alignment mmd", "query_value", "query gate"]
+    for word, spec in itertools.islice(zip((*words, "expressive"), specs, strict=True), 2 if session.dry else None):
+        for model, architecture, rows, length in (
+            ("RoBERTa", roberta(layers, hidden), batch, tokens),
+            ("Marian", marian(), pairs, 8 if session.dry else 32),
+        ):
+            if session.left() < 15 and not session.dry:
+                session.results.setdefault("steps", {})["left_out"] = f"from {word}, {model} on: the budget was spent"
+                return
+            if not (session.dry and model == "Marian"):
+                _step(session, f"{word}, {model}, T = {length}", architecture, spec, rows, length)
+
+
+def solver(session: Session) -> None:
+    from attnpatch.bench import value_aware
+
+    sizes = {"HEAD_DIM": 4, "KEYS": 16, "QUERIES": 4, "PEER_QUERIES": 4} if session.dry else {}
+    before = {name: getattr(value_aware, name) for name in sizes}
+    try:
+        vars(value_aware).update(sizes)
+        session.results["solver"] = value_aware.exact(session.settings)
+    finally:
+        vars(value_aware).update(before)
+
+
+def marian_training(session: Session) -> None:
+    if session.dry:
+        session.results["marian"] = {"left_out": "a dry run; `attnpatch bench training` does the same on a CPU"}
+        return
+    from attnpatch.bench import training
+
+    once = Settings(1, session.settings.threads, session.settings.device, session.settings.data, session.settings.say)
+    session.results["marian"] = training.train_and_decode(once)
+
+
+STAGES: dict[str, tuple[Callable[[Session], None], int]] = {
+    "check": (check, 60),
+    "operator": (operator, 60),
+    "roberta": (roberta_base, 40),
+    "steps": (steps, 30),
+    "solver": (solver, 20),
+    "marian": (marian_training, 90),
+}
+"""The stages, and the seconds below which one is not begun."""

@@ -1,0 +1,120 @@
+"""The elementwise passes of `attnpatch.kernels.blocked` as one loop in C, where the machine has a C compiler.
+
+native.c is compiled when first wanted, in about half a second, and kept in the user's cache for this processor and
+compiler. Without a compiler, on a failure, or with ATTNPATCH_NATIVE=0, torch makes the passes; the results differ by
+rounding. ctypes and not torch's extensions: no header of torch is read, which would take a minute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from attnpatch.environment import cpu_identity
+
+VARIABLE = "ATTNPATCH_NATIVE"
+SOURCE = Path(__file__).with_name("native.c")
+COMPILE = ("-O3", "-march=native", "-ffast-math", "-mprefer-vector-width=512", "-fPIC", "-c")
+TIMEOUT = 60.0
+
+_FORWARD = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long)
+_BACKWARD = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long)
+KERNELS = ("expressive", "polynomial")
+
+
+class Native:
+    """The compiled functions of one kernel, on contiguous float32 blocks."""
+
+    def __init__(self, library: ctypes.CDLL, kernel: str) -> None:
+        self._forward, self._backward = library[f"{kernel}_forward"], library[f"{kernel}_backward"]
+        self._forward.argtypes, self._forward.restype = _FORWARD, None
+        self._backward.argtypes, self._backward.restype = _BACKWARD, None
+
+    def forward(self, z: Tensor, sums: Tensor) -> None:
+        """z -> f(z), in place; `sums` gets the sums over the last dimension."""
+        columns = z.shape[-1]
+        self._forward(z.data_ptr(), sums.data_ptr(), z.numel() // columns, columns)
+
+    def backward(self, z: Tensor, inner: Tensor) -> None:
+        """z -> f(z) and inner -> inner * f'(z) without its constant factor, in place."""
+        self._backward(z.data_ptr(), inner.data_ptr(), z.numel())
+
+
+@functools.lru_cache
+def native(kernel: str, degree: int, dtype: torch.dtype) -> Native | None:
+    """The functions of a kernel, or None if torch has to make its passes."""
+    if dtype != torch.float32 or kernel not in KERNELS or (kernel == "polynomial" and degree != 2):
+        return None
+    library = _library()
+    return library if library is None else Native(library, kernel)
+
+
+def why_not() -> str | None:
+    """Why there are no compiled passes, or None; compiles nothing."""
+    if os.environ.get(VARIABLE) == "0":
+        return f"{VARIABLE} is 0"
+    if os.name != "posix":
+        return f"not tried on {platform.system()}"
+    if _compiler() is None:
+        return "there is no C compiler (cc, gcc or clang, or the one that CC names)"
+    return None
+
+
+@functools.lru_cache
+def _compiler() -> str | None:
+    names = (os.environ.get("CC", ""), "cc", "gcc", "clang")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+@functools.lru_cache
+def _library() -> ctypes.CDLL | None:
+    if why_not() is not None:
+        return None
+    try:
+        return _load(_cache())
+    except (OSError, subprocess.SubprocessError):
+        pass
+    try:
+        # No writable cache: built for this process alone. The file may go once it is loaded.
+        with tempfile.TemporaryDirectory(prefix="attnpatch-") as folder:
+            return _load(Path(folder))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnpatch"
+
+
+def _load(folder: Path) -> ctypes.CDLL:
+    """The library out of `folder`, compiled into it if it is not there.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it cannot be compiled, written or loaded.
+    """
+    compiler = _compiler()
+    assert compiler is not None
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
+    what = (SOURCE.read_bytes(), version, " ".join(COMPILE).encode(), cpu_identity().encode())
+    # -march=native: one home may serve unlike machines.
+    path = folder / f"native-{hashlib.sha256(b'|'.join(what)).hexdigest()[:20]}.so"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            build, built = f"{aside}/native.o", f"{aside}/native.so"
+            # In two steps: linking with -ffast-math would flush denormal numbers in the whole process.
+            commands = ([compiler, *COMPILE, str(SOURCE), "-o", build], [compiler, "-shared", build, "-o", built])
+            for command in commands:
+                subprocess.run(command, capture_output=True, check=True, timeout=TIMEOUT)
+            os.replace(built, path)
+    return ctypes.CDLL(str(path))
