@@ -1,8 +1,8 @@
 """The elementwise passes of `attnpatch.kernels.blocked` as one loop in C, where the machine has a C compiler.
 
-native.c is compiled when first wanted, in about half a second, and kept in the user's cache for this processor and
+native.c is compiled when first wanted, in 0.1 s of processor time, and kept in the user's cache for this processor and
 compiler. Without a compiler, on a failure, or with ATTNPATCH_NATIVE=0, torch makes the passes; the results differ by
-rounding. ctypes and not torch's extensions: no header of torch is read, which would take a minute.
+rounding. ctypes and not torch's extensions: none of torch's headers is read.
 """
 
 from __future__ import annotations
