@@ -103,7 +103,8 @@ def _load(folder: Path) -> ctypes.CDLL:
         OSError, subprocess.SubprocessError: it cannot be compiled, written or loaded.
     """
     compiler = _compiler()
-    assert compiler is not None
+    if compiler is None:
+        raise OSError("no C compiler")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
     what = (SOURCE.read_bytes(), version, " ".join(COMPILE).encode(), cpu_identity().encode())
     # -march=native: one home may serve unlike machines.
