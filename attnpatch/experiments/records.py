@@ -39,7 +39,15 @@ _IGNORED = {
     "training.save_every",
 }
 # What makes two scores of one name the same measurement.
-_SIGNATURE = ("predicted_tokens", "sentences", "bleu_signature", "chrf_signature", "num_beams", "max_length")
+_SIGNATURE = (
+    "predicted_tokens",
+    "sentences",
+    "examples",
+    "bleu_signature",
+    "chrf_signature",
+    "num_beams",
+    "max_length",
+)
 
 
 class ReportError(AttnpatchError, ValueError):
@@ -77,6 +85,7 @@ class Run:
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # name -> (step, loss)
     environment: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, Path] = field(default_factory=dict)  # test -> BLEU's counts, sentence by sentence
+    reliability: list[dict[str, Any]] = field(default_factory=list)  # of the dev set: bins of confidence
     label: str = ""  # the variant with the settings in which it differs from most other runs
 
     @property
@@ -251,11 +260,27 @@ def _value_aware_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
     return runs
 
 
+def _classification_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
+    """A run of one task, which is compared with runs of that task alone."""
+    runs = _one_run(path, data)
+    for run in runs:
+        run.experiment = f"classification-{data['task']}"
+        run.reliability = data["reliability"].get("dev", [])
+        # Which task it is, and that its files are others, is in the experiment's name.
+        run.settings.pop("task.name", None)
+    return runs
+
+
 def _demo(path: Path, data: Mapping[str, Any]) -> list[Run]:
     raise ReportError("results of the demo, which has a report of its own and says nothing about methods")
 
 
-_RUNS = {"sequences": _sequence_runs, "value_aware": _value_aware_runs, "demo": _demo}
+_RUNS = {
+    "classification": _classification_runs,
+    "sequences": _sequence_runs,
+    "value_aware": _value_aware_runs,
+    "demo": _demo,
+}
 
 
 def _variant(spec: Any, config: Mapping[str, Any]) -> str:

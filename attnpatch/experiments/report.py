@@ -13,6 +13,7 @@ from attnpatch import figures
 from attnpatch.atomic import write_json, write_text
 from attnpatch.experiments import bootstrap
 from attnpatch.experiments.bootstrap import Bootstrap
+from attnpatch.experiments.classification.metrics import draw_reliability, pooled
 from attnpatch.experiments.records import STOCK, Metric, Run, find_results, group, load_runs, metrics_of
 from attnpatch.experiments.statistics import TEST, Comparison, compare, summary
 
@@ -262,12 +263,24 @@ def _draw(section: Section, out: Path) -> list[str]:
             name = f"{section.slug}-{kind.replace(' ', '-')}"
             _curves(section, kind, out / name)
             names.append(name)
+    diagrams = _reliability(section)
+    if diagrams:
+        name = f"{section.slug}-reliability"
+        draw_reliability(diagrams, out / name, f"{section.experiment}, dev set")
+        names.append(name)
     metric, rows = next(iter(section.tables.items()))
     if any(row.parameters is not None for row in rows):
         name = f"{section.slug}-parameters"
         _against_parameters(metric, rows, out / name)
         names.append(name)
     return names
+
+
+def _reliability(section: Section) -> dict[str, list[dict[str, Any]]]:
+    """The diagram of each variant, over all its seeds."""
+    labels = [row.variant for row in next(iter(section.tables.values()))]
+    members = {label: [run.reliability for run in section.runs if run.label == label] for label in labels}
+    return {f"{label} (n={len(found)})": pooled(found) for label, found in members.items() if all(found)}
 
 
 def _look(section_labels: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -9,6 +9,7 @@ from attnpatch.training.errors import TrainingError
 
 TRAINING = ("accelerate", "datasets", "evaluate", "sacrebleu", "sentencepiece")
 DRAWING = (*TRAINING, "matplotlib")
+CLASSIFYING = (*DRAWING, "scipy", "sklearn")
 REPORT = ("matplotlib", "scipy")
 
 

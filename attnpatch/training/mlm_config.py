@@ -10,13 +10,12 @@ from attnpatch.training.run_config import CommonTraining, OutputConfig, RunConfi
 
 
 @dataclass
-class LanguageModelConfig:
+class EncoderConfig:
     """What is trained: a checkpoint (`pretrained`), or a fresh model of this family and size."""
 
     family: str = field(default="roberta", metadata=one_of("roberta", "bert"))
-    # masked: RobertaForMaskedLM, BertForMaskedLM; causal: their decoder twins, which predict the next token
-    objective: str = field(default="masked", metadata=one_of("masked", "causal"))
-    pretrained: str | None = None  # folder or hub id; family and the sizes below are then the checkpoint's own
+    # A folder, a hub id, or package:NAME/FOLDER in a Python package; family and sizes are then the checkpoint's own.
+    pretrained: str | None = None
     revision: str | None = None
     hidden_size: int = field(default=256, metadata=at_least(2))
     layers: int = field(default=4, metadata=at_least(1))
@@ -26,6 +25,14 @@ class LanguageModelConfig:
     dropout: float | None = field(default=None, metadata=at_least(0, 0.99))  # None: 0.1, or the checkpoint's
     attention_dropout: float | None = field(default=None, metadata=at_least(0, 0.99))
     init_std: float = field(default=0.02, metadata=at_least(0))
+
+
+@dataclass
+class LanguageModelConfig(EncoderConfig):
+    """An encoder with a language-model head, or a decoder."""
+
+    # masked: RobertaForMaskedLM, BertForMaskedLM; causal: their decoder twins, which predict the next token
+    objective: str = field(default="masked", metadata=one_of("masked", "causal"))
 
 
 @dataclass

@@ -16,6 +16,7 @@ from attnpatch.registry import get_variant
 from attnpatch.spec import AttentionSpec
 from attnpatch.training.errors import ConfigError
 from attnpatch.training.files import sha256_file
+from attnpatch.training.pretrained import checkpoint_path
 
 
 def attention_backend(config: Any) -> str | None:
@@ -75,7 +76,7 @@ def checkpoint_identity(config: Any) -> dict[str, Any] | None:
     name = config.model.pretrained
     if name is None:
         return None
-    folder = Path(name).expanduser()
+    folder = Path(checkpoint_path(name)).expanduser()
     if folder.is_dir():
         weights = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
         return {"name": name, "weights_sha256": [sha256_file(path) for path in weights]}
@@ -97,7 +98,7 @@ def from_checkpoint(config: Any, auto: Any, prepare: Callable[[Any], None], patc
     """
     from transformers import AutoConfig
 
-    path, hub = str(config.model.pretrained), hub_arguments(config)
+    path, hub = checkpoint_path(str(config.model.pretrained)), hub_arguments(config)
     with checkpoint_errors(path):
         model_config = AutoConfig.from_pretrained(path, **hub)
         prepare(model_config)

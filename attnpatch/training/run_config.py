@@ -64,7 +64,7 @@ class CommonTraining:
     gradient_accumulation: int = field(default=1, metadata=at_least(1))
     learning_rate: float = field(default=1e-3, metadata=at_least(0))
     schedule: str = field(default="inverse_sqrt", metadata=one_of("inverse_sqrt", "linear", "constant", "cosine"))
-    warmup_steps: int = field(default=0, metadata=at_least(0))
+    warmup_steps: int | float = field(default=0, metadata=at_least(0))  # below 1: a share of all steps
     optimizer: str = field(default="adamw_torch_fused", metadata=one_of("adamw_torch_fused", "adamw_torch"))
     adam_beta1: float = field(default=0.9, metadata=at_least(0, 0.99999999))
     adam_beta2: float = field(default=0.98, metadata=at_least(0, 0.99999999))

@@ -20,6 +20,7 @@ from attnpatch.errors import unknown
 from attnpatch.training.checkpoints import checkpoints, is_complete, load_weights, read_record, step_of
 from attnpatch.training.errors import ConfigError, RunPaused, TrainingError
 from attnpatch.training.modeling import hub_arguments
+from attnpatch.training.pretrained import checkpoint_path
 from attnpatch.training.results import count_parameters, write_results
 from attnpatch.training.run_config import CommonTraining
 
@@ -212,7 +213,7 @@ def given_tokenizer(config: Any, load: Callable[..., Any]) -> Any | None:
     if config.tokenizer.path is not None:
         return load(config.tokenizer.path)
     if config.model.pretrained is not None:
-        return load(config.model.pretrained, **hub_arguments(config))
+        return load(checkpoint_path(config.model.pretrained), **hub_arguments(config))
     return None
 
 
