@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,12 +15,12 @@ from typing import Any
 from attnpatch.errors import AttnpatchError, one_line
 from attnpatch.spec import AttentionSpec
 
-HIGHER = ("accuracy", "bleu", "chrf")
-LOWER = ("perplexity", "loss", "output_error")
-SHOWN = {"bleu": "BLEU", "chrf": "chrF"}
+HIGHER = ("accuracy", "f1", "matthews", "pearson", "spearman", "bleu", "chrf")
+LOWER = ("perplexity", "loss", "output_error", "ece", "mmd")
+SHOWN = {"bleu": "BLEU", "chrf": "chrF", "f1": "F1", "ece": "ECE", "mmd": "MMD"}
 STOCK = "stock"
-ORDER = ("translation", "mlm", "clm", "sequences", "value_aware")
-"""Of the sections, paper by paper: neural, expressive, value-aware; what is not named comes after."""
+ORDER = ("translation", "mlm", "clm", "sequences", "value_aware", "classification")
+"""Of the sections, paper by paper: neural, expressive, value-aware, alignment; what is not named comes after."""
 
 # Settings that are not part of what is compared, or that are shown by other means.
 _IGNORED_SECTIONS = ("spec", "specs", "init", "seed", "seeds", "output", "generation")
@@ -355,7 +356,7 @@ def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def _place(experiment: str) -> tuple[int, str]:
-    first = experiment.partition(" ")[0]
+    first = re.split("[ -]", experiment)[0]
     return (ORDER.index(first) if first in ORDER else len(ORDER), experiment)
 
 

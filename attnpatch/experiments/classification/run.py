@@ -94,8 +94,9 @@ def run(config: ClassificationConfig) -> dict[str, Any]:
         found: dict[str, Any] = scores(task, outputs, data.labels)
         if not task.is_regression:
             diagrams[name] = reliability(probabilities(outputs), data.labels)
-        if name == "dev" and before is not None:
-            discrepancy["after"] = after = _discrepancy(config, trainer, data)
+        after = _discrepancy(config, trainer, data) if name == "dev" else None
+        if after is not None:
+            discrepancy["after"] = after
             found["mmd"] = after["mean"]
         numbers = ", ".join(f"{key} {value:.4f}" for key, value in found.items())
         return found | {"examples": len(data)}, f"{name}: {numbers} over {len(data):,} examples"
@@ -188,7 +189,7 @@ def _describe(
     read, examples, seconds = tokens_of(trainer)
     return {
         "task": task.name,
-        "checkpoint": checkpoint_identity(config),
+        "pretrained": checkpoint_identity(config),
         "tokens": {
             "read": read,
             "examples": examples,
