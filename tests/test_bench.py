@@ -175,9 +175,9 @@ def test_a_page_gets_its_tables_anew() -> None:
 
 def test_the_page_has_the_numbers_of_the_results() -> None:
     root = Path(__file__).parents[1]
-    page = (root / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    page = (root / "docs" / "performance.md").read_text(encoding="utf-8")
     assert tables.filled(page, tables.all_tables(root / "results" / "benchmarks", "cpu")) == page, (
-        "run: attnpatch bench --markdown docs/benchmarks.md"
+        "run: attnpatch bench --markdown docs/performance.md"
     )
 
 

@@ -13,7 +13,7 @@ from attnpatch.bench.steps import marian, patched_or_stock, specs
 from attnpatch.bench.timing import BenchmarkError, Settings, compare, peak_bytes
 from attnpatch.registry import get_variant
 
-SOURCES, LENGTH, NEW_TOKENS = 16, 24, 24
+SOURCES, LENGTH, NEW_TOKENS = 8, 24, 16
 BEAMS = {"greedy": 1, "5 beams": 5}
 
 

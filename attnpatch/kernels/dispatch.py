@@ -29,7 +29,7 @@ IMPLEMENTATIONS = ("auto", "plain", "blocked", "triton", "flex")
 VARIABLE = "ATTNPATCH_KERNEL"
 
 BLOCKED_FROM = 1024
-"""Scores of one head from which blocks are faster than the plain form; see docs/benchmarks.md."""
+"""Scores of one head from which blocks are faster than the plain form; see docs/performance.md."""
 
 _asked = os.environ.get(VARIABLE) or "auto"
 
