@@ -141,6 +141,8 @@ def _read(path: Path) -> list[Run]:
         if "cell" in data:
             raise ReportError("one cell of a grid that is not finished; run its script again")
         raise ReportError("it names no experiment, so no results of attnpatch")
+    if (data.get("config") or {}).get("smoke"):
+        raise ReportError("results of a smoke run (--smoke), which says that a run works and nothing about its method")
     try:
         runs = _RUNS.get(data["experiment"], _one_run)(path, data)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -9,7 +9,14 @@ from attnpatch.experiments.sequence_tasks import Cell
 from attnpatch.training.config import at_least
 from attnpatch.training.errors import ConfigError
 from attnpatch.training.extra import DRAWING
-from attnpatch.training.run_config import CommonTraining, OutputConfig, RunConfig, ScriptConfig, check_heads
+from attnpatch.training.run_config import (
+    SMOKE_TRAINING,
+    CommonTraining,
+    OutputConfig,
+    RunConfig,
+    ScriptConfig,
+    check_heads,
+)
 
 
 @dataclass
@@ -42,6 +49,12 @@ class SequencesConfig(ScriptConfig):
 
     packages: ClassVar[tuple[str, ...]] = DRAWING
     again: ClassVar[str] = RunConfig.again
+    smoke_limits: ClassVar[dict[str, int]] = SMOKE_TRAINING | {
+        "seeds": 1,
+        "task.bases": 1,
+        "task.delays": 2,
+        "task.eval_sequences": 8,
+    }
 
     specs: list[Any] = field(default_factory=lambda: ["stock", {"expressive": {"scale": 1.0}}])
     seeds: list[int] = field(default_factory=lambda: [1])

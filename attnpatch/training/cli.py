@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ def main(
     wrong config is told before anything heavy is imported.
 
     Args:
-        argv: a config file, settings `key=value`, `--plugin MODULE`, `--debug`, `--help`.
+        argv: a config file, settings `key=value`, `--plugin MODULE`, `--smoke`, `--debug`, `--help`.
         usage: what `--help` prints.
         default_config: read when argv names no config file.
 
@@ -33,7 +34,8 @@ def main(
     at its time limit; 130 after Ctrl-C.
     """
     debug = "--debug" in argv
-    words, plugins = _take_plugins([word for word in argv if word != "--debug"])
+    smoke = "--smoke" in argv
+    words, plugins = _take_plugins([word for word in argv if word not in ("--debug", "--smoke")])
     if "-h" in words or "--help" in words or not (words or default_config):
         print((usage or __doc__ or "").strip())
         return 0 if words else FAILED
@@ -47,7 +49,8 @@ def main(
         options = [word for word in words if word.startswith("-")]
         if options:
             raise ConfigError(
-                f"unknown option {options[0]}; options: --plugin MODULE, --debug, --help; settings are key=value"
+                f"unknown option {options[0]}; options: --plugin MODULE, --smoke, --debug, --help; settings are "
+                "key=value"
             )
         for name in plugins:
             if not name:
@@ -59,6 +62,12 @@ def main(
         kind = _named(config_class)
         config = load_config(kind, path, words)
         again = kind.again
+        if smoke:
+            from attnpatch.training.smoke import shrink
+
+            config, changed = shrink(config)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"smoke run: {' '.join(changed)}", file=sys.stderr)
         require(kind.packages)
         try:
             _named(run)(config)

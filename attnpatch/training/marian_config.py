@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from attnpatch.training.config import at_least, one_of
 from attnpatch.training.errors import ConfigError
-from attnpatch.training.run_config import CommonTraining, OutputConfig, RunConfig, check_heads
+from attnpatch.training.run_config import SMOKE_TRAINING, CommonTraining, OutputConfig, RunConfig, check_heads
 
 
 @dataclass
@@ -98,6 +98,16 @@ class GenerationSettings:
 @dataclass
 class MarianTrainingConfig(RunConfig):
     """One training run of scripts/train_marian.py."""
+
+    smoke_limits: ClassVar[dict[str, int]] = SMOKE_TRAINING | {
+        "training.max_tokens": 512,
+        "data.max_train_pairs": 1000,
+        "data.max_dev_pairs": 16,
+        "data.max_test_pairs": 8,
+        "tokenizer.vocab_size": 1000,  # what so few pairs can fill
+        "generation.max_length": 16,
+        "generation.max_tokens": 1024,
+    }
 
     init: str = field(default="preserve", metadata=one_of("preserve", "paper", "calibrate"))
     model: ModelConfig = field(default_factory=ModelConfig)

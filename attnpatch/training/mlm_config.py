@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from attnpatch.training.config import at_least, one_of
 from attnpatch.training.errors import ConfigError
-from attnpatch.training.run_config import CommonTraining, OutputConfig, RunConfig, check_heads
+from attnpatch.training.run_config import SMOKE_TRAINING, CommonTraining, OutputConfig, RunConfig, check_heads
 
 
 @dataclass
@@ -86,6 +87,13 @@ class LanguageModelTraining(CommonTraining):
 @dataclass
 class MLMTrainingConfig(RunConfig):
     """One training run of scripts/train_mlm.py."""
+
+    smoke_limits: ClassVar[dict[str, int]] = SMOKE_TRAINING | {
+        "training.eval_batch_size": 4,
+        "data.max_train_lines": 1000,
+        "data.max_dev_lines": 30,
+        "data.max_test_lines": 30,
+    }
 
     model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     data: TextConfig = field(default_factory=TextConfig)

@@ -19,10 +19,14 @@ class ScriptConfig:
     """What has to be installed, beside attnpatch's own dependencies."""
     again: ClassVar[str] = "starts afresh"
     """What the same command does after Ctrl-C."""
+    smoke_limits: ClassVar[dict[str, int]] = {}
+    """What `--smoke` bounds: numbers, or how many items of a list are kept (attnpatch.training.smoke)."""
+
+    is_smoke = False  # no setting: `--smoke` sets it
 
     def as_dict(self) -> dict[str, Any]:
-        """The config as plain nested dicts, as it would stand in YAML."""
-        return dataclasses.asdict(self)
+        """The config as plain nested dicts, as it would stand in YAML; of a smoke run with `smoke: true`."""
+        return dataclasses.asdict(self) | ({"smoke": True} if self.is_smoke else {})
 
 
 @dataclass
@@ -37,6 +41,18 @@ class RunConfig(ScriptConfig):
 
     def __post_init__(self) -> None:
         self.spec = none_if_stock(self.spec)
+
+
+SMOKE_TRAINING = {
+    "training.max_steps": 3,
+    "training.batch_size": 4,
+    "training.gradient_accumulation": 2,
+    "training.warmup_steps": 1,
+    "training.log_every": 1,
+    "training.evaluate_every": 2,
+    "training.save_every": 2,
+}
+"""The `smoke_limits` of `CommonTraining`."""
 
 
 def none_if_stock(spec: Any) -> Any:

@@ -9,7 +9,7 @@ from attnpatch.experiments.classification.tasks import TASKS
 from attnpatch.training.config import at_least, one_of
 from attnpatch.training.extra import CLASSIFYING
 from attnpatch.training.mlm_config import ByteLevelConfig, EncoderConfig
-from attnpatch.training.run_config import CommonTraining, OutputConfig, RunConfig, check_heads
+from attnpatch.training.run_config import SMOKE_TRAINING, CommonTraining, OutputConfig, RunConfig, check_heads
 
 
 @dataclass
@@ -70,6 +70,11 @@ class ClassificationConfig(RunConfig):
     """One training run of scripts/train_classifier.py: one task, one arm, one seed."""
 
     packages: ClassVar[tuple[str, ...]] = CLASSIFYING
+    smoke_limits: ClassVar[dict[str, int]] = SMOKE_TRAINING | {
+        "task.max_train_examples": 64,
+        "task.max_dev_examples": 48,
+        "discrepancy.examples": 4,
+    }
 
     task: TaskConfig = field(default_factory=TaskConfig)
     data: GlueConfig = field(default_factory=GlueConfig)
