@@ -78,8 +78,16 @@ def _held_spec(source: Any, arguments: dict[str, Any]) -> Any:
 
 
 def _load_stock_and_patch(load: Callable[..., Any], config: Any, arguments: dict[str, Any]) -> Any:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
     from attnpatch.patching import patch
 
+    if is_deepspeed_zero3_enabled():
+        raise CheckpointError(
+            "under DeepSpeed ZeRO-3 a stock checkpoint cannot be patched while it loads: its weights, from which the "
+            "new parameters are made, are spread over the processes at once. Convert it first (attnpatch convert) and "
+            "load the result"
+        )
     spec = AttentionSpec.from_dict(config.attnpatch)
     stock = copy.deepcopy(config)
     del stock.attnpatch

@@ -75,7 +75,7 @@ def tiny_model(dropout: float = 0.0) -> Any:
 def make(folder: Path, model: Any, data: Any, **settings: Any) -> TranslationTrainer:
     from transformers import PrinterCallback, Seq2SeqTrainingArguments
 
-    batch = settings.pop("batch", 4)
+    batch, processes = settings.pop("batch", 4), settings.pop("processes", 1)
     arguments = {
         "num_train_epochs": 1,
         "learning_rate": 0.01,
@@ -94,7 +94,7 @@ def make(folder: Path, model: Any, data: Any, **settings: Any) -> TranslationTra
         args=Seq2SeqTrainingArguments(output_dir=str(folder), **arguments),
         train_dataset=data,
         eval_dataset=data,
-        train_sampler=SentenceBatchSampler(data["target_length"], batch, seed=1),
+        train_sampler=SentenceBatchSampler(data["target_length"], batch, 1, processes),
         collator=TranslationCollator(VOCAB - 1, VOCAB - 1),
         **settings,
     )

@@ -25,6 +25,7 @@ from attnpatch.experiments.sequences_config import CellConfig, SequencesConfig
 from attnpatch.spec import AttentionSpec
 from attnpatch.training.batching import IGNORE, SentenceBatchSampler
 from attnpatch.training.blocks import generator_for
+from attnpatch.training.distribution import hold, releases_folders
 from attnpatch.training.errors import RunPaused, TrainingError
 from attnpatch.training.files import read_json, sha256_lines
 from attnpatch.training.losses import token_loss
@@ -83,6 +84,10 @@ class SequenceTrainer(RunTrainer):
         """Symbols read and predicted."""
         return inputs["input_ids"].numel(), inputs["labels"].numel()
 
+    def where(self, rows: Any) -> str:
+        """The cell, and the numbers of a batch's sequences."""
+        return "" if rows is None else f", in sequences {', '.join(map(str, rows.tolist()))} of {self.cell.name}"
+
     def summed_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | int, Any]:
@@ -132,6 +137,7 @@ class SequenceTrainer(RunTrainer):
         }
 
 
+@releases_folders
 def run(config: SequencesConfig) -> dict[str, Any]:
     """Trains every spec and seed at every cell, and returns what stands in results.json.
 
@@ -170,6 +176,7 @@ def run(config: SequencesConfig) -> dict[str, Any]:
 
 def _claim(config: SequencesConfig, out: Path) -> None:
     """Refuses a folder that holds another study; makes an empty one for `resume: never`."""
+    hold(out)
     known_as = identity(config, FREE_SETTINGS, [])
     if not may_go_on(config, out, known_as, holds=(out / RUN_FILE).is_file()):
         shutil.rmtree(out / "cells", ignore_errors=True)
@@ -268,7 +275,8 @@ def _trainer(config: SequencesConfig, own: CellConfig, model: Any, cell: Cell, s
 
     def collate(rows: Sequence[int]) -> dict[str, torch.Tensor]:
         # By seed and rows alone: every spec sees the same sequences, and so does a run that was resumed.
-        return batch_of(cell, task.length, len(rows), task.noise, generator_for(own.seed, *rows))
+        batch = batch_of(cell, task.length, len(rows), task.noise, generator_for(own.seed, *rows))
+        return batch | {"rows": torch.tensor(list(rows))}
 
     return build_trainer(
         SequenceTrainer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ class TokenBatchSampler(Sampler[list[int]]):
     length share a batch, and the order of the batches, is drawn afresh each epoch. The epoch is set with `set_epoch`,
     nothing is remembered between epochs: a resumed run draws what the uninterrupted one drew.
     """
+
+    together = 1
+    """How many batches that follow each other here stay together in an epoch's order."""
 
     def __init__(self, lengths: Sequence[int], max_tokens: int, seed: int, num_shards: int = 1) -> None:
         if not len(lengths):
@@ -62,23 +66,32 @@ class TokenBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
         order = self._order(generator)
-        for batch in torch.randperm(len(self.bounds), generator=generator).tolist():
-            start, end = self.bounds[batch]
-            yield order[start:end]
+        for group in torch.randperm(len(self.bounds) // self.together, generator=generator).tolist():
+            for start, end in self.bounds[group * self.together : (group + 1) * self.together]:
+                yield order[start:end]
 
 
 class SentenceBatchSampler(TokenBatchSampler):
-    """Batches of `batch_size` pairs; with `group`, sorted by length within stretches of 50 batches."""
+    """Batches of `batch_size` pairs; with `group`, sorted by length within stretches of 50 batches.
+
+    What `num_shards` processes see in a step is what one process with `num_shards` times the batch would see.
+    """
 
     def __init__(
         self, lengths: Sequence[int], batch_size: int, seed: int, num_shards: int = 1, group: bool = True
     ) -> None:
-        self.sentences, self.group = batch_size, group
+        self.sentences, self.group, self.together = batch_size * num_shards, group, num_shards
         super().__init__(lengths, 0, seed, num_shards)
 
     def _token_bounds(self) -> list[tuple[int, int]]:
-        size, total = self.sentences, len(self.lengths)
-        return [(i, min(i + size, total)) for i in range(0, total, size)]
+        total, parts = len(self.lengths), self.together
+        starts = list(range(0, total, self.sentences))
+        if total - starts[-1] < parts and len(starts) > 1:
+            # Too few are left for every process to have one: the last two steps share what there is.
+            starts[-1] = (starts[-2] + total) // 2
+        ends = [*starts[1:], total]
+        edges = [[a + (b - a) * k // parts for k in range(parts + 1)] for a, b in zip(starts, ends, strict=True)]
+        return [(a, b) for step in edges for a, b in pairwise(step) if a < b]
 
     def _order(self, generator: torch.Generator) -> list[int]:
         shuffled = torch.randperm(len(self.lengths), generator=generator)
@@ -123,7 +136,7 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 class TranslationCollator:
     """Pads a batch on the right: input_ids and attention_mask [B, S]; decoder_input_ids [B, T], the labels shifted
-    right behind the start token; labels [B, T] with -100 in padding."""
+    right behind the start token; labels [B, T] with -100 in padding; rows [B], of rows that have a number `row`."""
 
     def __init__(self, pad_token_id: int, decoder_start_token_id: int) -> None:
         self.pad = pad_token_id
@@ -134,6 +147,8 @@ class TranslationCollator:
         batch = {"input_ids": _padded([row["input_ids"] for row in rows], self.pad)}
         batch["attention_mask"] = _padded([[1] * len(row["input_ids"]) for row in rows], 0)
         if "labels" in rows[0]:
+            if "row" in rows[0]:
+                batch["rows"] = torch.tensor([row["row"] for row in rows])
             batch["labels"] = _padded([row["labels"] for row in rows], IGNORE)
             batch["decoder_input_ids"] = _padded([[self.start, *row["labels"][:-1]] for row in rows], self.pad)
         return batch

@@ -140,8 +140,8 @@ class BlockCollator:
 
     Args:
         masking: which tokens are masked; None for the causal objective, whose labels are the next tokens.
-        seed, epoch: the masks of a batch depend on these and on its rows alone, so that they are new in each epoch and
-            the same in a run that was resumed.
+        seed, epoch: the mask of a row depends on these and on the row alone, so that masks are new in each epoch, and
+            the same in a run that was resumed and in one over more processes.
     """
 
     def __init__(
@@ -160,11 +160,24 @@ class BlockCollator:
         if self.masker is None:
             inputs, labels = ids, next_tokens(ids, special)
         else:
-            generator = generator_for(self.seed, self.epoch(), *rows)
-            inputs, labels = self.masker(ids, special, _starts_of(self.blocks, rows), generator)
+            inputs, labels = self._masked(self.masker, ids, special, rows)
         batch = {"input_ids": inputs, "labels": labels, "rows": torch.tensor(list(rows))}
         mask = self.blocks.attention_mask(rows)
         return batch if mask is None else batch | {"attention_mask": mask}
+
+    def _masked(self, masker: Masker, ids: Tensor, special: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Row by row: it does not matter who shares a batch, nor how many processes share the batches."""
+        epoch = self.epoch()
+        parts = [
+            masker(
+                ids[i : i + 1],
+                special[i : i + 1],
+                _starts_of(self.blocks, [row]),
+                generator_for(self.seed, epoch, row),
+            )
+            for i, row in enumerate(rows)
+        ]
+        return torch.cat([inputs for inputs, _ in parts]), torch.cat([labels for _, labels in parts])
 
 
 class FixedBlocks:

@@ -18,6 +18,7 @@ import torch
 from attnpatch.atomic import write_json
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.files import read_json
+from attnpatch.training.sharding import is_sharded, load_state
 
 MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
@@ -77,11 +78,11 @@ def rotate(run: str | Path, keep: int, best: str | Path | None) -> None:
 
 
 def load_weights(model: torch.nn.Module, folders: Sequence[str | Path]) -> None:
-    """Puts the weights of a checkpoint, or the mean of several, into `model`."""
+    """Puts the weights of a checkpoint, or the mean of several, into `model`, which may be sharded (FSDP2)."""
     total: dict[str, torch.Tensor] = {}
     for folder in folders:
         # from_pretrained rather than the raw file: it ties, converts and refuses missing weights as a user's load does.
-        state = type(model).from_pretrained(str(folder), dtype=torch.float32).state_dict()  # type: ignore[attr-defined]
+        state = _whole_class(model).from_pretrained(str(folder), dtype=torch.float32).state_dict()
         for name, value in state.items():
             if not value.is_floating_point() or len(folders) == 1:
                 total[name] = value
@@ -91,7 +92,11 @@ def load_weights(model: torch.nn.Module, folders: Sequence[str | Path]) -> None:
     if total.keys() != own.keys():
         odd = sorted(total.keys() ^ own.keys())
         raise TrainingError(f"the checkpoint {folders[-1]} does not fit the model: {', '.join(odd[:5])}")
-    with torch.no_grad():
-        for name, value in total.items():
-            mean = value / len(folders) if value.is_floating_point() and len(folders) > 1 else value
-            own[name].copy_(mean.to(own[name].dtype))
+    if len(folders) > 1:
+        total = {name: value / len(folders) if value.is_floating_point() else value for name, value in total.items()}
+    load_state(model, total)
+
+
+def _whole_class(model: torch.nn.Module) -> Any:
+    """The model's class; FSDP2 puts one of its own before it."""
+    return type(model).__mro__[2] if is_sharded(model) else type(model)

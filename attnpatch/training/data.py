@@ -27,9 +27,18 @@ class ParallelText:
     references: list[str] = field(default_factory=list)
     files: list[dict[str, Any]] = field(default_factory=list)  # path, sha256, and pairs
     skipped: int = 0  # pairs dropped because a side was empty
+    places: list[tuple[str, int]] = field(default_factory=list)  # of each pair: file of the source, and line in it
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    def where(self, pairs: Sequence[int]) -> str:
+        """Where pairs stand, in words; the first eight of them."""
+        found: dict[str, list[int]] = {}
+        for name, line in sorted(self.places[pair] for pair in pairs[:8]):
+            found.setdefault(name, []).append(line)
+        text = ", ".join(f"{name} line {', '.join(map(str, lines))}" for name, lines in found.items())
+        return text + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
 
 
 def load_split(config: DataConfig, split: str) -> list[ParallelText]:
@@ -48,7 +57,7 @@ def load_split(config: DataConfig, split: str) -> list[ParallelText]:
             raise DataError(f"{text.name}: no sentence pairs in it")
         if limit is not None:
             text.sources, text.targets = text.sources[:limit], text.targets[:limit]
-            text.references = text.references[:limit]
+            text.references, text.places = text.references[:limit], text.places[:limit]
     return texts
 
 
@@ -59,6 +68,7 @@ def merge(texts: Sequence[ParallelText], name: str) -> ParallelText:
         merged.sources += text.sources
         merged.targets += text.targets
         merged.references += text.references
+        merged.places += text.places
         merged.files += text.files
         merged.skipped += text.skipped
     return merged
@@ -180,6 +190,7 @@ def _align(config: DataConfig, name: str, source: Side, target: Side) -> Paralle
         text.sources.append(a.lower() if config.lowercase else a)
         text.targets.append(b.lower() if config.lowercase else b)
         text.references.append(b)
+        text.places.append((source.path.name, source.lines[i] or i + 1))
     paths = dict.fromkeys((source.path, target.path))
     text.files = [{"path": str(path), "sha256": sha256_file(path), "pairs": len(text)} for path in paths]
     return text
@@ -221,6 +232,7 @@ def _load_hub(config: DataConfig, entry: Any) -> ParallelText:
         text.sources.append(a.lower() if config.lowercase else a)
         text.targets.append(b.lower() if config.lowercase else b)
         text.references.append(b)
+        text.places.append((name, number))
     digest = sha256_lines(line for pair in zip(text.sources, text.references, strict=True) for line in pair)
     text.files = [{"path": name, "revision": revision, "sha256": digest, "pairs": len(text)}]
     return text

@@ -71,12 +71,13 @@ class LanguageModelTrainer(RunTrainer):
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         starts = range(0, len(data), self.eval_batch_size)
         with self.evaluating() as model, torch.no_grad():
-            for start in starts[self.args.process_index :: self.args.world_size]:
+            for start, counts in self.my_share(starts):
                 batch = self._prepare_inputs(data.batch(range(start, min(start + self.eval_batch_size, len(data)))))
                 with self.accelerator.autocast():
                     loss, count, _ = self.summed_loss(model, batch)
-                total[0] += loss.double()
-                total[1] += count
+                if counts:
+                    total[0] += loss.double()
+                    total[1] += count
         summed, count = self.accelerator.reduce(total, "sum").tolist()
         mean = summed / count
         return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "predicted_tokens": int(count)}

@@ -15,6 +15,7 @@ from attnpatch.atomic import write_text
 from attnpatch.training.batching import SentenceBatchSampler, TokenBatchSampler, TranslationCollator
 from attnpatch.training.calibration import calibrates, patch_calibrated
 from attnpatch.training.data import ParallelText, load_split, merge
+from attnpatch.training.distribution import releases_folders
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.marian_config import MarianTrainingConfig
 from attnpatch.training.marian_modeling import build_model
@@ -43,6 +44,7 @@ FREE_SETTINGS = {
 TOKENS = "non-padding tokens, </s> included, of all processes over train_seconds"
 
 
+@releases_folders
 def run(config: MarianTrainingConfig) -> dict[str, Any]:
     """Trains and scores as `config` says, and returns what stands in results.json.
 
@@ -71,7 +73,7 @@ def run(config: MarianTrainingConfig) -> dict[str, Any]:
     if calibration is not None:
         run.say("; ".join(calibration["notes"]))
     dev_rows = _dataset(config, tokenizer, dev, positions) if dev else None
-    trainer = _trainer(run, model, tokenizer, rows, dev_rows, dev)
+    trainer = _trainer(run, model, tokenizer, rows, dev_rows, train, dev)
     run.say(
         f"model: {count_parameters(model)['trainable']:,} trainable parameters, vocabulary "
         f"{model.config.vocab_size:,}, spec {config.spec or 'stock'}, "
@@ -108,7 +110,8 @@ def _tokenizer(config: MarianTrainingConfig, train: ParallelText, out: Path) -> 
 def _dataset(
     config: MarianTrainingConfig, tokenizer: Any, text: ParallelText, positions: int, training: bool = False
 ) -> Any:
-    """A datasets.Dataset of token ids, tokenised once: input_ids, labels, and their lengths."""
+    """A datasets.Dataset of token ids, tokenised once: input_ids, labels, and their lengths; of training pairs also
+    the number in the text, for an error."""
     import datasets
 
     # A model without so many positions cannot read more.
@@ -116,17 +119,20 @@ def _dataset(
     extra = 1 if training and config.data.too_long == "skip" else 0
     sources = encode(tokenizer, text.sources, limits[0] + extra)
     targets = encode(tokenizer, text.targets, limits[1] + extra, target=True)
-    pairs = [(a, b) for a, b in zip(sources, targets, strict=True) if len(a) < limits[0] + 1 and len(b) < limits[1] + 1]
+    pairs = [
+        (a, b, row)
+        for row, (a, b) in enumerate(zip(sources, targets, strict=True))
+        if len(a) < limits[0] + 1 and len(b) < limits[1] + 1
+    ]
     if not pairs:
         raise TrainingError(f"no pair of {text.name} is within data.max_source_length and data.max_target_length")
-    return datasets.Dataset.from_dict(
-        {
-            "input_ids": [a for a, _ in pairs],
-            "labels": [b for _, b in pairs],
-            "source_length": [len(a) for a, _ in pairs],
-            "target_length": [len(b) for _, b in pairs],
-        }
-    )
+    columns = {
+        "input_ids": [a for a, _, _ in pairs],
+        "labels": [b for _, b, _ in pairs],
+        "source_length": [len(a) for a, _, _ in pairs],
+        "target_length": [len(b) for _, b, _ in pairs],
+    }
+    return datasets.Dataset.from_dict(columns | ({"row": [row for _, _, row in pairs]} if training else {}))
 
 
 def _sampler(config: MarianTrainingConfig, rows: Any, processes: int) -> TokenBatchSampler:
@@ -137,7 +143,9 @@ def _sampler(config: MarianTrainingConfig, rows: Any, processes: int) -> TokenBa
     return SentenceBatchSampler(lengths, training.batch_size, config.seed, processes, training.group_by_length)
 
 
-def _trainer(run: Run, model: Any, tokenizer: Any, rows: Any, dev_rows: Any, dev: ParallelText | None) -> Any:
+def _trainer(
+    run: Run, model: Any, tokenizer: Any, rows: Any, dev_rows: Any, train: ParallelText, dev: ParallelText | None
+) -> Any:
     from transformers import Seq2SeqTrainingArguments
 
     from attnpatch.training.trainer import TranslationTrainer
@@ -166,6 +174,7 @@ def _trainer(run: Run, model: Any, tokenizer: Any, rows: Any, dev_rows: Any, dev
         eval_max_tokens=config.generation.max_tokens,
         dev_scores=dev_scores,
         fused_decoding=config.training.attention == "auto",
+        text=train,
     )
 
 

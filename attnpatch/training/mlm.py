@@ -13,6 +13,7 @@ import torch
 from attnpatch.training.batching import SentenceBatchSampler
 from attnpatch.training.blocks import BlockCollator, Blocks, FixedBlocks, make_blocks
 from attnpatch.training.bpe import build_byte_level, load_fast_tokenizer
+from attnpatch.training.distribution import releases_folders
 from attnpatch.training.files import sha256_lines
 from attnpatch.training.lm_modeling import build_language_model
 from attnpatch.training.mlm_config import MaskingConfig, MLMTrainingConfig
@@ -39,6 +40,7 @@ FREE_SETTINGS = {
 }
 
 
+@releases_folders
 def run(config: MLMTrainingConfig) -> dict[str, Any]:
     """Trains and scores as `config` says, and returns what stands in results.json.
 

@@ -9,10 +9,12 @@ from typing import Any
 
 from attnpatch.atomic import write_json
 from attnpatch.training.checkpoints import checkpoints, last_complete, read_record
+from attnpatch.training.distribution import hold, on_main
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.files import read_json
 
 RUN_FILE = "run.json"
+PAUSED_FILE = "paused.json"
 FREE_TRAINING = {"resume", "log_every", "keep_checkpoints", "final", "average", "threads", "stop_after_minutes"}
 """Keys of `training` that do not change what is trained."""
 
@@ -35,14 +37,14 @@ def identity(config: Any, free: Mapping[str, set[str] | None], training_text: li
 def resume_point(config: Any, out: Path, known_as: dict[str, Any], state: Any) -> Path | None:
     """The checkpoint to go on from, if any; notes in the folder what runs in it.
 
-    Raises TrainingError when the folder holds another run.
+    Raises TrainingError when the folder holds another run, or another process is training in it.
     """
+    on_main(state, lambda: hold(out))
     checkpoint = last_complete(out)
     holds = checkpoint is not None or any((out / name).exists() for name in ("results.json", "model"))
-    if not may_go_on(config, out, known_as, holds):
+    afresh = not may_go_on(config, out, known_as, holds)
+    if afresh:
         checkpoint = None
-        if state.is_main_process:
-            clear(out)
     elif checkpoint is not None:
         world = read_record(checkpoint)["world_size"]
         if world != state.num_processes:
@@ -50,9 +52,14 @@ def resume_point(config: Any, out: Path, known_as: dict[str, Any], state: Any) -
                 f"{checkpoint} was written by {world} process(es), this run has {state.num_processes}: resume with as "
                 "many, so that the batches stay the same"
             )
-    state.wait_for_everyone()
-    if state.is_main_process:
+    state.wait_for_everyone()  # all have read the folder
+
+    def begin() -> None:
+        if afresh:
+            clear(out)
         claim(out, known_as)
+
+    on_main(state, begin)
     return checkpoint
 
 
@@ -92,8 +99,9 @@ def may_go_on(config: Any, out: Path, known_as: dict[str, Any], holds: bool) -> 
 
 
 def claim(out: Path, known_as: dict[str, Any]) -> None:
-    """Notes in the folder what runs in it."""
+    """Notes in the folder what runs in it, and that it does."""
     out.mkdir(parents=True, exist_ok=True)
+    (out / PAUSED_FILE).unlink(missing_ok=True)
     write_json(out / RUN_FILE, known_as, default=str)
 
 

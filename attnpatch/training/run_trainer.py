@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from attnpatch.atomic import writing_aside
 from attnpatch.training.batching import TokenBatchSampler
 from attnpatch.training.checkpoints import mark_complete, rotate
-from attnpatch.training.errors import TrainingError
+from attnpatch.training.distribution import SHARDING, check_accelerator
+from attnpatch.training.errors import ConfigError, TrainingError
+from attnpatch.training.sharding import is_sharded, plugin_options, shard
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -43,7 +49,7 @@ class RunTrainer(Trainer):
         keep_checkpoints: how many of the newest checkpoints stay.
 
     The loss is the sum over predicted tokens divided by their number in the whole accumulated batch of all
-    processes, plus the auxiliary loss once.
+    processes, plus the auxiliary loss once: the mean over the sequences of that batch.
     """
 
     progress_unit = "tokens"
@@ -57,7 +63,16 @@ class RunTrainer(Trainer):
         keep_checkpoints: int = 2,
         **kwargs: Any,
     ) -> None:
+        arguments = kwargs.get("args")
+        if auxiliary and arguments is not None:
+            if arguments.ddp_find_unused_parameters and arguments.world_size > 1:
+                raise ConfigError(
+                    "training.ddp_find_unused_parameters=true takes the networks of the alignment loss for unused, "
+                    "because that loss is added behind the model's outputs: leave it false"
+                )
+            arguments.ddp_find_unused_parameters = False  # where it is not given, Trainer takes it to be true
         super().__init__(*args, data_collator=collator, **kwargs)
+        check_accelerator(self.accelerator)
         self.train_sampler = train_sampler
         self.auxiliary = auxiliary
         self.keep_checkpoints = keep_checkpoints
@@ -68,6 +83,7 @@ class RunTrainer(Trainer):
         self._loss_shifts_labels = False
         self._auxiliary_sum = 0.0
         self._auxiliary_count = 0
+        self._sequences = 0
 
     # ---- what subclasses say ----
 
@@ -120,15 +136,25 @@ class RunTrainer(Trainer):
         count = own_count if num_items_in_batch is None else num_items_in_batch
         loss = total / max(count, 1)
         if model.training:
-            share = 1  # without a count, Trainer itself divides by the number of accumulated batches
+            share = 1.0  # without a count, Trainer itself divides by the number of accumulated batches
             if num_items_in_batch is not None:
                 # The count is that of all processes, and DDP takes the mean of their gradients.
                 loss = loss * self.accelerator.num_processes
-                share = int(getattr(self, "current_gradient_accumulation_steps", 1) or 1)
+                share = 1 / int(getattr(self, "current_gradient_accumulation_steps", 1) or 1)
+                if self._sequences:
+                    share = len(inputs["labels"]) * self.accelerator.num_processes / self._sequences
             if self.auxiliary:
-                # A mean over its batch: over accumulated batches, the mean of the means.
-                loss = loss + self._auxiliary_loss(model).to(loss.dtype) / share
+                # A mean over its batch's sequences: of accumulated batches, the mean over all their sequences.
+                loss = loss + self._auxiliary_loss(model).to(loss.dtype) * share
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; with an auxiliary loss it also counts the sequences of an accumulated batch of all processes."""
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        if self.auxiliary:
+            count = torch.tensor(sum(len(sample["labels"]) for sample in samples), device=self.args.device)
+            self._sequences = int(self.accelerator.reduce(count, "sum"))
+        return samples, items
 
     def _auxiliary_loss(self, model: torch.nn.Module) -> torch.Tensor:
         import attnpatch
@@ -151,20 +177,64 @@ class RunTrainer(Trainer):
         self.progress.target_tokens += predicted
         rows = inputs.pop("rows", None)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not math.isfinite(loss.item()):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}{self.where(rows)} (learning rate "
-                f"{self._get_learning_rate():.3g}): training stopped; a lower learning rate, a longer warm-up or "
-                "training.precision=fp32 may help. The last checkpoint is untouched"
-            )
+        self._stop_unless_finite(loss.item(), rows)
         return loss
 
+    def _stop_unless_finite(self, loss: float, rows: Any) -> None:
+        """All processes stop at the same step: one alone would leave the others waiting for it."""
+        step, finite = self.state.global_step + 1, math.isfinite(loss)
+        stopped = [] if finite else [self.args.process_index]
+        several = self.args.world_size > 1
+        if several:
+            flags = self.accelerator.gather(torch.tensor([int(finite)], device=self.args.device))
+            stopped = (flags == 0).nonzero().flatten().tolist()
+        if not stopped:
+            return
+        if finite:
+            raise TrainingError(
+                f"the loss of process {stopped[0]} is not finite at step {step}: training stopped; that process says "
+                "where"
+            )
+        here = f" in process {self.args.process_index}" if several else ""
+        raise TrainingError(
+            f"the loss is {loss} at step {step}{here}{self.where(rows)} (learning rate "
+            f"{self._get_learning_rate():.3g}): training stopped; a lower learning rate, a longer warm-up or "
+            "training.precision=fp32 may help. The last checkpoint is untouched"
+        )
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean auxiliary loss since the last log."""
+        """Adds the mean auxiliary loss since the last log, over all processes."""
         if self._auxiliary_count and "loss" in logs:
-            logs["auxiliary_loss"] = self._auxiliary_sum / self._auxiliary_count
+            mean = torch.tensor(self._auxiliary_sum / self._auxiliary_count, device=self.args.device)
+            logs["auxiliary_loss"] = float(self.accelerator.reduce(mean, "mean"))
             self._auxiliary_sum, self._auxiliary_count = 0.0, 0
         super().log(logs, *args, **kwargs)
+
+    # ---- sharded models ----
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no process holds the whole model: FSDP or DeepSpeed, which compute only when all processes do."""
+        return str(self.accelerator.distributed_type).rsplit(".", 1)[-1] in SHARDING
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Shards the model first where accelerate would do it next."""
+        if self.sharded and getattr(self.accelerator, "is_fsdp2", False) and not is_sharded(self.model):
+            shard(self.model, **plugin_options(self.accelerator.state.fsdp_plugin))
+        return super().create_optimizer(*args, **kwargs)
+
+    def save_weights(self, folder: Path) -> None:
+        """Writes the model as `save_pretrained` does. To be called by every process; the main one writes."""
+        state = None
+        if self.sharded and (is_sharded(self.model) or self.model_wrapped is not self.model):
+            state = self.accelerator.get_state_dict(self.model_wrapped)
+        if self.args.process_index == 0:
+            with writing_aside(folder) as aside:
+                model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+                model.save_pretrained(str(aside), state_dict=state)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(str(aside))
+        self.accelerator.wait_for_everyone()
 
     # ---- evaluation ----
 
@@ -172,12 +242,25 @@ class RunTrainer(Trainer):
     def evaluating(self) -> Iterator[Any]:
         """The unwrapped model in evaluation mode; afterwards it is in the mode that it was in."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.sharded and self.model_wrapped is self.model and not is_sharded(model):
+            model.to(self.args.device)  # there was nothing to train: nobody has put it there
         training = model.training
         model.eval()
         try:
             yield model
         finally:
             model.train(training)
+
+    def my_share(self, batches: Sequence[T]) -> Iterator[tuple[T, bool]]:
+        """This process's part of the batches, and whether a batch counts.
+
+        Each process gets as many, for a sharded model is computed by all or by none; what makes up the number is
+        marked False.
+        """
+        mine = batches[self.args.process_index :: self.args.world_size]
+        yield from ((batch, True) for batch in mine)
+        if len(mine) < math.ceil(len(batches) / self.args.world_size):
+            yield batches[-1], False
 
     def _evaluated(self, metrics: dict[str, float], loss: float, started: float) -> dict[str, float]:
         """Logs an evaluation's metrics. Raises TrainingError when the loss is not finite."""
@@ -196,11 +279,20 @@ class RunTrainer(Trainer):
         super()._save_checkpoint(model, trial)  # args.save_total_limit is None: it deletes nothing
         self.accelerator.wait_for_everyone()
         self.progress.save_seconds += time.perf_counter() - started
+        own = torch.tensor([[self.progress.source_tokens, self.progress.target_tokens]], device=self.args.device)
+        tokens = self.accelerator.gather(own).tolist()
         if self.args.should_save:
             folder = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
-            mark_complete(folder, {"progress": asdict(self.progress_now()), "world_size": self.args.world_size})
+            record = {"progress": asdict(self.progress_now()), "world_size": self.args.world_size, "tokens": tokens}
+            mark_complete(folder, record)
             rotate(self.args.output_dir, self.keep_checkpoints, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def take_up(self, record: dict[str, Any]) -> None:
+        """Goes on counting from where a checkpoint's record, of all processes, says that this one was."""
+        self.progress = Progress(**record["progress"])
+        if "tokens" in record:
+            self.progress.source_tokens, self.progress.target_tokens = record["tokens"][self.args.process_index]
 
     def start_clock(self) -> None:
         """Called when training starts or goes on."""

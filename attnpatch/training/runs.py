@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 
-from attnpatch.atomic import writing_aside
+from attnpatch.atomic import write_json
 from attnpatch.auxiliary import has_loss_hooks
 from attnpatch.environment import available_cpus, cpu_has_bf16, machine, versions
-from attnpatch.errors import unknown
+from attnpatch.errors import one_line, unknown
 from attnpatch.training.checkpoints import checkpoints, is_complete, load_weights, read_record, step_of
+from attnpatch.training.distribution import check_before, check_launch, zero_stage
 from attnpatch.training.errors import ConfigError, RunPaused, TrainingError
 from attnpatch.training.modeling import hub_arguments
 from attnpatch.training.pretrained import checkpoint_path
 from attnpatch.training.results import count_parameters, write_results
 from attnpatch.training.run_config import CommonTraining
+from attnpatch.training.run_folder import PAUSED_FILE
 
 Say = Callable[[str], None]
 
@@ -61,10 +63,20 @@ def prepare_process(training: CommonTraining) -> None:
 
 
 def process_state(training: CommonTraining) -> Any:
-    """accelerate's state of this process, on the device that the config asks for."""
+    """accelerate's state of this process, on the device that the config asks for.
+
+    Raises TrainingError when the processes are not as distributed as the launch asked for, or do not find each other.
+    """
     from accelerate import PartialState
 
-    return PartialState(cpu=on_cpu(training))
+    environment = dict(os.environ)
+    check_before(on_cpu(training), environment)
+    try:
+        state = PartialState(cpu=on_cpu(training))
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise TrainingError(f"the processes of this run do not find each other: {one_line(error, 300)}") from error
+    check_launch(state, environment)
+    return state
 
 
 def on_cpu(training: CommonTraining) -> bool:
@@ -105,7 +117,20 @@ def training_arguments(kind: Any, config: Any, **more: Any) -> Any:
     """transformers' arguments (`kind`: TrainingArguments or a subclass) for the settings that all runs share."""
     training: CommonTraining = config.training
     _check_reporters(config.output.report_to)
+    if training.final != "last" and zero_stage(os.environ) == 3:
+        raise ConfigError(
+            f"training.final={training.final} reads a checkpoint back into the model, which ZeRO-3 keeps in parts: "
+            "choose training.final=last, or configs/accelerate/zero2.yaml"
+        )
     cpu = on_cpu(training)
+    bf16 = use_bf16(training.precision, cpu)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in ("no", "bf16") or (launched == "bf16" and not bf16):
+        raise ConfigError(
+            f"the launch asked for mixed_precision={launched}, training.precision={training.precision} is "
+            f"{'bf16' if bf16 else 'fp32'} here: say --mixed_precision no to accelerate launch, or give "
+            "training.precision=bf16"
+        )
 
     def when(value: int | str) -> tuple[str, int]:
         names = {"epoch": "epoch", "never": "no"}
@@ -129,7 +154,7 @@ def training_arguments(kind: Any, config: Any, **more: Any) -> Any:
         weight_decay=training.weight_decay,
         max_grad_norm=training.clip_norm,
         label_smoothing_factor=0.0,  # the trainer smooths by itself
-        bf16=use_bf16(training.precision, cpu),
+        bf16=bf16,
         use_cpu=cpu,
         **({"gradient_checkpointing": True} if training.gradient_checkpointing else {}),
         torch_compile=training.compile,
@@ -225,13 +250,11 @@ def train(trainer: Any, checkpoint: Path | None, say: Say) -> bool:
 
     Raises RunPaused when `training.stop_after_minutes` ended it early.
     """
-    from attnpatch.training.run_trainer import Progress
-
     if checkpoint is None:
         trainer.train()
     else:
         step = step_of(checkpoint)
-        trainer.progress = Progress(**read_record(checkpoint)["progress"])
+        trainer.take_up(read_record(checkpoint))
         if step >= planned_steps(trainer):
             # Trainer would take one more step before it saw that there are none left.
             say(f"training was finished at step {step}: {checkpoint}")
@@ -244,6 +267,8 @@ def train(trainer: Any, checkpoint: Path | None, say: Say) -> bool:
         trainer.train(resume_from_checkpoint=str(checkpoint))
     done, planned = trainer.state.global_step, planned_steps(trainer)
     if done < planned:
+        if trainer.is_world_process_zero():  # the launchers of several processes turn every exit code into 1
+            write_json(Path(trainer.args.output_dir) / PAUSED_FILE, {"step": done, "steps": planned})
         raise RunPaused(f"paused at step {done} of {planned}; the same command goes on from there")
     return True
 
@@ -297,12 +322,7 @@ def train_and_score(
     setup_seconds = time.perf_counter() - run.started
     trained = train(trainer, checkpoint, run.say)
     final = final_weights(run.config.training, trainer, run.out, trained, run.say)
-    if run.state.is_main_process:
-        with writing_aside(run.out / "model") as folder:
-            trainer.model.save_pretrained(str(folder))
-            trainer.processing_class.save_pretrained(str(folder))
-    run.state.wait_for_everyone()
-
+    trainer.save_weights(run.out / "model")
     results = describe_run(experiment, run.config, trainer, parameters, final, run.started) | describe()
     results["scores"] = {}
     results["seconds"]["setup"] = round(setup_seconds, 2)

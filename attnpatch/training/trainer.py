@@ -12,6 +12,7 @@ import torch
 from transformers import Seq2SeqTrainer
 
 from attnpatch.training.batching import IGNORE, length_batches
+from attnpatch.training.data import ParallelText
 from attnpatch.training.decoding import BeamCache, attention_of_decoding, lean_generation
 from attnpatch.training.losses import token_loss
 from attnpatch.training.run_trainer import RunTrainer
@@ -25,6 +26,7 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
         eval_max_tokens: padded positions in an evaluation batch.
         dev_scores: given the trainer, extra figures for an evaluation during training (BLEU of the dev set).
         fused_decoding: whether a model that trains with the `eager` backend translates with `sdpa`.
+        text: what the rows' column `row` counts in, for errors.
         The others are RunTrainer's.
 
     Trainer's own loss would average Marian's averages, because MarianMTModel ignores `num_items_in_batch`.
@@ -39,6 +41,7 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
         eval_max_tokens: int = 4096,
         dev_scores: Any = None,
         fused_decoding: bool = False,
+        text: ParallelText | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -46,6 +49,11 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
         self.attention_of_decoding = attention_of_decoding if fused_decoding else nullcontext
         self.eval_max_tokens = eval_max_tokens
         self.dev_scores = dev_scores
+        self.text = text
+
+    def where(self, rows: Any) -> str:
+        """The lines of a batch."""
+        return "" if rows is None or self.text is None else f", in {self.text.where(rows.tolist())}"
 
     def count_tokens(self, inputs: dict[str, Any]) -> tuple[int, int]:
         """Source and target tokens, </s> included and padding not."""
@@ -82,10 +90,12 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
             total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
             lengths = [max(a, b) for a, b in zip(data["source_length"], data["target_length"], strict=True)]
             with torch.no_grad():
-                for _, batch in self._my_batches(data, lengths, self.eval_max_tokens):
+                for _, batch, counts in self._my_batches(data, lengths, self.eval_max_tokens):
                     labels = batch.pop("labels")
                     with self.accelerator.autocast():
                         logits = model(**batch, use_cache=False)["logits"]
+                    if not counts:
+                        continue
                     total[0] += token_loss(logits, labels, 0.0).double()
                     total[1] += (labels != IGNORE).sum()
             total = self.accelerator.reduce(total, "sum")
@@ -106,11 +116,17 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
         settings = lean_generation(self.model.generation_config)
         with self.evaluating() as model, self.attention_of_decoding(model), torch.no_grad():
             sources = data.select_columns(["input_ids"])
-            for indices, batch in self._my_batches(sources, data["source_length"], max(max_tokens // beams, 1)):
+            for indices, batch, counts in self._my_batches(sources, data["source_length"], max(max_tokens // beams, 1)):
                 with self.accelerator.autocast():
                     ids = model.generate(
-                        **batch, generation_config=settings, past_key_values=BeamCache.empty(model), **generation
+                        **batch,
+                        generation_config=settings,
+                        past_key_values=BeamCache.empty(model),
+                        **generation,
+                        synced_gpus=self.sharded,
                     )
+                if not counts:
+                    continue
                 for index, row in zip(indices, ids.tolist(), strict=True):
                     rows.append((index, [token for token in row if token != pad]))
         if self.accelerator.num_processes > 1:
@@ -121,8 +137,7 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
 
     def _my_batches(
         self, data: Any, lengths: Sequence[int], max_tokens: int
-    ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-        batches = length_batches(list(lengths), max_tokens)
-        for indices in batches[self.args.process_index :: self.args.world_size]:
+    ) -> Iterator[tuple[list[int], dict[str, torch.Tensor], bool]]:
+        for indices, counts in self.my_share(length_batches(list(lengths), max_tokens)):
             batch = self.data_collator(data.select(indices).to_list())
-            yield indices, self._prepare_inputs(batch)
+            yield indices, self._prepare_inputs(batch), counts
