@@ -39,8 +39,9 @@ def translation(folder: Path, seed: int, processes: int, **arguments: Any) -> An
     data, model = rows(ROWS), tiny_model()
     attnpatch.patch(model, SPEC)
     models.wake(model)
-    # SGD: Adam would hide a wrong scale of the gradient, and make much of rounding.
-    arguments = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1.0, "num_train_epochs": 2} | arguments
+    # Adam with a large epsilon: it would make much of rounding, and hide a wrong scale of the gradient.
+    optimizer = {"optim": "adamw_torch", "adam_epsilon": 0.1, "learning_rate": 0.05, "max_grad_norm": 1.0}
+    arguments = optimizer | {"num_train_epochs": 2} | arguments
     trainer = make(
         folder,
         model,
