@@ -22,7 +22,8 @@ from attnpatch.training.checkpoints import last_complete, load_weights
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.sharding import is_sharded, shard
 
-SPEC = "neural+expressive+query_value+alignment"
+# The alignment loss weighs as much as the other, so that a wrong share of it shows in losses and weights.
+SPEC = {"neural": {}, "expressive": {}, "query_value": {}, "alignment": {"weight": 300.0}}
 FAMILIES = ("marian", "roberta")
 ROWS = 27  # three are left over behind three steps of eight: one for one process, two for the other
 STEPS = 3

@@ -81,8 +81,8 @@ class RunTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         # Our labels are in place; models with a causal loss of their own would have the first of them not counted.
         self._loss_shifts_labels = False
-        self._auxiliary_sum = 0.0
-        self._auxiliary_count = 0
+        self._auxiliary_sum = 0.0  # weighted, like the loss
+        self._auxiliary_weight = 0.0
         self._sequences = 0
 
     # ---- what subclasses say ----
@@ -145,7 +145,7 @@ class RunTrainer(Trainer):
                     share = len(inputs["labels"]) * self.accelerator.num_processes / self._sequences
             if self.auxiliary:
                 # A mean over its batch's sequences: of accumulated batches, the mean over all their sequences.
-                loss = loss + self._auxiliary_loss(model).to(loss.dtype) * share
+                loss = loss + self._auxiliary_loss(model, share).to(loss.dtype) * share
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,12 +156,12 @@ class RunTrainer(Trainer):
             self._sequences = int(self.accelerator.reduce(count, "sum"))
         return samples, items
 
-    def _auxiliary_loss(self, model: torch.nn.Module) -> torch.Tensor:
+    def _auxiliary_loss(self, model: torch.nn.Module, share: float) -> torch.Tensor:
         import attnpatch
 
         extra = attnpatch.auxiliary_loss(self.accelerator.unwrap_model(model, keep_torch_compile=False))
-        self._auxiliary_sum += float(extra.detach())
-        self._auxiliary_count += 1
+        self._auxiliary_sum += float(extra.detach()) * share
+        self._auxiliary_weight += share
         return extra
 
     def training_step(
@@ -203,11 +203,12 @@ class RunTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean auxiliary loss since the last log, over all processes."""
-        if self._auxiliary_count and "loss" in logs:
-            mean = torch.tensor(self._auxiliary_sum / self._auxiliary_count, device=self.args.device)
-            logs["auxiliary_loss"] = float(self.accelerator.reduce(mean, "mean"))
-            self._auxiliary_sum, self._auxiliary_count = 0.0, 0
+        """Adds the mean auxiliary loss since the last log, over the sequences of all processes."""
+        if self._auxiliary_weight and "loss" in logs:
+            own = torch.tensor([self._auxiliary_sum, self._auxiliary_weight], device=self.args.device)
+            total, weight = self.accelerator.reduce(own, "sum").tolist()
+            logs["auxiliary_loss"] = total / weight
+            self._auxiliary_sum, self._auxiliary_weight = 0.0, 0.0
         super().log(logs, *args, **kwargs)
 
     # ---- sharded models ----
