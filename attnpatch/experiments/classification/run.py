@@ -21,6 +21,7 @@ from attnpatch.experiments.classification.trainer import ClassificationTrainer, 
 from attnpatch.training.batching import SentenceBatchSampler
 from attnpatch.training.bpe import build_byte_level, load_fast_tokenizer
 from attnpatch.training.checkpoints import checkpoints
+from attnpatch.training.distribution import releases_folders
 from attnpatch.training.files import read_json, sha256_lines
 from attnpatch.training.modeling import checkpoint_identity
 from attnpatch.training.results import count_parameters
@@ -45,6 +46,7 @@ FREE_SETTINGS: dict[str, set[str] | None] = {
 }
 
 
+@releases_folders
 def run(config: ClassificationConfig) -> dict[str, Any]:
     """Trains and scores as `config` says, and returns what stands in results.json.
 

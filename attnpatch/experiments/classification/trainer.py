@@ -118,18 +118,27 @@ class ClassificationTrainer(RunTrainer):
     def outputs(self, data: Encoded) -> np.ndarray:
         """The model's outputs for a whole set, [N, C], in its order."""
         found = torch.zeros(len(data), self.task.outputs, device=self.args.device)
+        collator = RowCollator(data, self.processing_class)
         with self.evaluating() as model, torch.no_grad():
-            for batch in self.batches(data, self.eval_batch_size, self.args.process_index, self.args.world_size):
-                rows = batch.pop("rows")
+            for rows, counts in self.my_share(_of_like_length(data, self.eval_batch_size)):
+                batch = self._inputs(collator, rows)
                 with self.accelerator.autocast():
-                    found[rows] = model(**batch)["logits"].float()
+                    logits = model(**batch)["logits"].float()
+                if counts:
+                    found[rows] = logits
         return self.accelerator.reduce(found, "sum").cpu().numpy()
 
-    def batches(self, data: Encoded, size: int, first: int = 0, step: int = 1) -> Iterator[dict[str, Tensor]]:
-        """Every `step`th batch of `size` examples of like length, without labels, on the device."""
+    def batches(self, data: Encoded, size: int) -> Iterator[dict[str, Tensor]]:
+        """A whole set in batches of `size` examples of like length, without labels, on the device."""
         collator = RowCollator(data, self.processing_class)
-        order = np.argsort(data.lengths, kind="stable")[::-1].tolist()
-        for start in range(first * size, len(order), step * size):
-            batch = collator(order[start : start + size])
-            del batch["labels"]
-            yield self._prepare_inputs(batch)
+        for rows in _of_like_length(data, size):
+            yield self._inputs(collator, rows)
+
+    def _inputs(self, collator: RowCollator, rows: list[int]) -> dict[str, Tensor]:
+        batch = {name: value for name, value in collator(rows).items() if name not in ("labels", "rows")}
+        return dict(self._prepare_inputs(batch))
+
+
+def _of_like_length(data: Encoded, size: int) -> list[list[int]]:
+    order = np.argsort(data.lengths, kind="stable")[::-1].tolist()
+    return [order[start : start + size] for start in range(0, len(order), size)]
