@@ -312,3 +312,43 @@ def test_patched_models(seed: int, monkeypatch: pytest.MonkeyPatch, spec: str, n
     for key, gradient in plain_gradients.items():
         error = (fast_gradients[key] - gradient).norm() / gradient.norm().clamp(min=1e-4)
         assert error < 1e-2, key
+
+
+def test_forward_mode_derivatives_are_the_plain_forms(seed: int) -> None:
+    """No operator has a rule for them, and torch would give 0: the automatic choice is plain, a named one refuses."""
+    q, k, v, direction = (torch.randn(1, 2, 40, 8, dtype=torch.float64) for _ in range(4))
+
+    def attend(implementation: str | None) -> torch.Tensor:
+        def of(x: torch.Tensor) -> torch.Tensor:
+            return score.kernel_attention(x, k, v, kernel="expressive", implementation=implementation)
+
+        return torch.func.jvp(of, (q,), (direction,))[1]
+
+    assert dispatch.choose(q, k, v, None, 0.0, "expressive") == "blocked"
+    torch.testing.assert_close(attend(None), attend("plain"))
+    assert attend(None).abs().max() > 0
+    with pytest.raises(SpecError, match="forward-mode"):
+        attend("blocked")
+
+
+def test_dropout_does_not_hang_on_the_strides_of_saved_tensors(seed: int) -> None:
+    """Heads beside features in memory, as models have them; a hook brings the saved tensors back contiguous."""
+    given = [torch.randn(2, 24, 3, 8, dtype=torch.float64).transpose(1, 2) for _ in range(3)]
+    weight = torch.randn(2, 3, 24, 8, dtype=torch.float64)
+    found = []
+    for pack in (lambda x: x, lambda x: x.contiguous()):
+        leaves = [x.clone().requires_grad_() for x in given]
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            output = score.kernel_attention(*leaves, None, 0.4, kernel="expressive", implementation="blocked")
+        found.append(torch.autograd.grad(output, leaves, weight))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_nothing_to_attend_to(seed: int) -> None:
+    for n_queries, n_keys, value_dim in ((0, 2000, 4), (2000, 0, 4), (60, 60, 0)):
+        q, k, v = torch.randn(1, 2, n_queries, 8), torch.randn(1, 2, n_keys, 8), torch.randn(1, 2, n_keys, value_dim)
+        assert score.kernel_attention(q, k, v, kernel="elu").shape == (1, 2, n_queries, value_dim)
+        with pytest.raises(SpecError, match="no query, no key"):
+            score.kernel_attention(q, k, v, kernel="elu", implementation="blocked")

@@ -252,6 +252,21 @@ def test_translations_are_those_of_generate_in_order(tmp_path: Path, spec: str |
         assert model.config._attn_implementation == backend  # as it was before
 
 
+def test_a_model_that_wants_no_cache_or_another_gets_none_of_ours(tmp_path: Path) -> None:
+    from attnpatch.training.decoding import empty_cache
+
+    model, data = tiny_model(), rows(12)
+    assert list(empty_cache(model, model.generation_config)) == ["past_key_values"]
+    trainer = make(tmp_path, model, data)
+    wanted = trainer.translate(data, 64, num_beams=2, max_length=9)
+    for name, value in (("use_cache", False), ("cache_implementation", "static")):
+        before = getattr(model.generation_config, name)
+        setattr(model.generation_config, name, value)
+        assert empty_cache(model, model.generation_config) == {}
+        assert trainer.translate(data, 64, num_beams=2, max_length=9) == wanted
+        setattr(model.generation_config, name, before)
+
+
 def test_tokens_that_are_forbidden_in_decoding_stay_so() -> None:
     from transformers import GenerationConfig
 

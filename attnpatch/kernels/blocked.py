@@ -289,9 +289,13 @@ def _compact(keep: Tensor | None) -> Tensor | None:
     return keep
 
 
-def _flatten(tensors: list[Tensor], keep: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-    """[B, H, ...] as [1, B * H, ...] where that is a view and no sequence has a mask of its own."""
-    if keep is not None and keep.shape[0] * keep.shape[1] > 1:
+def _flatten(tensors: list[Tensor], keep: Tensor | None, rule: Rule) -> tuple[list[Tensor], Tensor | None]:
+    """[B, H, ...] as [1, B * H, ...] where that is a view and no sequence has a mask of its own.
+
+    Not with dropout, which is drawn by the chunks' numbers: the backward pass must find the same ones, and its saved
+    tensors may have come back with other strides (offloading hooks).
+    """
+    if rule.dropout_p > 0.0 or (keep is not None and keep.shape[0] * keep.shape[1] > 1):
         return tensors, keep
     try:
         return [x.view(1, x.shape[0] * x.shape[1], *x.shape[2:]) for x in tensors], keep
@@ -347,7 +351,7 @@ def blocked_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, H, T, Dv] in query's dtype; what its rounding lost, for the backward pass; row sums [B, H, T]."""
     output, residual, sums = empty_outputs(query, value, training)
-    (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], _compact(keep))
+    (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], _compact(keep), rule)
     r = residual.view(o.shape) if residual.numel() else None
     with no_autocast(query.device):
         work = _Workspace(rule, query, key, gradient=False)
@@ -441,8 +445,7 @@ def blocked_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     grads = [torch.empty_like(x) for x in (query, key, value)]
-    # As in the forward pass, whose dropout depends on it.
-    (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], _compact(keep))
+    (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], _compact(keep), rule)
     r = residual.view(o.shape) if residual.numel() else None
     g, dq, dk, dv = (x.reshape(y.shape) for x, y in zip((grad, *grads), (o, q, k, v), strict=True))
     with no_autocast(query.device):

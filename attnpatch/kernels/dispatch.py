@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnpatch.errors import SpecError
 from attnpatch.kernels import blocked, native
@@ -121,6 +122,11 @@ def why_not(
         return f"attn_mask is {attn_mask.dtype}, and it takes bool (True = may attend)"
     if dropout_p >= 1.0:
         return f"dropout_p is {dropout_p}, and it takes less than 1"
+    if 0 in (query.shape[-2], key.shape[-2], value.shape[-1]):
+        return "there is no query, no key, or no value feature"
+    if forward_ad._current_level >= 0:
+        # An operator without a rule for it would give a derivative of 0.
+        return "forward-mode derivatives (torch.func.jvp, jacfwd) are asked for"
     if name == "blocked":
         return None if query.device.type == "cpu" else f"it runs on the CPU, and query is on {query.device}"
     if name == "triton":

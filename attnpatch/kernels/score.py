@@ -184,6 +184,8 @@ def _polynomial(scores: Tensor, degree: int) -> Tensor:
 
 def _elu(scores: Tensor, keep: Tensor | None) -> Tensor:
     """elu(z)+1 up to a factor per row; in a row of negative scores it is exp(z), shifted as softmax does."""
+    if scores.shape[-1] == 0:
+        return scores
     lowest = torch.finfo(scores.dtype).min
     visible = scores.detach() if keep is None else scores.detach().masked_fill(~keep, lowest)
     peak = visible.amax(dim=-1, keepdim=True)

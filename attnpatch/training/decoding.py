@@ -18,12 +18,16 @@ class BeamCache(EncoderDecoderCache):
     keys and values, as transformers does, copies them onto themselves at every step.
     """
 
-    @classmethod
-    def empty(cls, model: Any) -> BeamCache:
-        return cls(*(DynamicCache(config=model.config.get_text_config(decoder=True)) for _ in range(2)))
-
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.self_attention_cache.reorder_cache(beam_idx)
+
+
+def empty_cache(model: Any, config: Any) -> dict[str, BeamCache]:
+    """The argument of `generate` that brings a `BeamCache`; none if `config` wants no cache, or one of another kind."""
+    if config.use_cache is False or config.cache_implementation is not None:
+        return {}
+    decoder = model.config.get_text_config(decoder=True)
+    return {"past_key_values": BeamCache(DynamicCache(config=decoder), DynamicCache(config=decoder))}
 
 
 @contextmanager
@@ -48,7 +52,8 @@ def lean_generation(config: Any) -> Any:
     config = copy.deepcopy(config)
     words = config.bad_words_ids
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    # `bad_words_ids` lets the end through, `suppress_tokens` would not.
-    if words and config.suppress_tokens is None and all(len(word) == 1 and word[0] not in ends for word in words):
+    # `bad_words_ids` lets the end and forced tokens through, `suppress_tokens` would not.
+    allowed = {*ends, config.forced_bos_token_id, config.forced_eos_token_id}
+    if words and config.suppress_tokens is None and all(len(word) == 1 and word[0] not in allowed for word in words):
         config.bad_words_ids, config.suppress_tokens = None, [word[0] for word in words]
     return config

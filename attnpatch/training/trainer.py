@@ -13,7 +13,7 @@ from transformers import Seq2SeqTrainer
 
 from attnpatch.training.batching import IGNORE, length_batches
 from attnpatch.training.data import ParallelText
-from attnpatch.training.decoding import BeamCache, attention_of_decoding, lean_generation
+from attnpatch.training.decoding import attention_of_decoding, empty_cache, lean_generation
 from attnpatch.training.losses import token_loss
 from attnpatch.training.run_trainer import RunTrainer
 
@@ -118,12 +118,9 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
             sources = data.select_columns(["input_ids"])
             for indices, batch, counts in self._my_batches(sources, data["source_length"], max(max_tokens // beams, 1)):
                 with self.accelerator.autocast():
+                    cache = empty_cache(model, settings)
                     ids = model.generate(
-                        **batch,
-                        generation_config=settings,
-                        past_key_values=BeamCache.empty(model),
-                        **generation,
-                        synced_gpus=self.sharded,
+                        **batch, generation_config=settings, **cache, **generation, synced_gpus=self.sharded
                     )
                 if not counts:
                     continue
