@@ -49,15 +49,23 @@ def torchrun(*words: str | Path, **more: str) -> subprocess.CompletedProcess[str
 # ---- two processes against one ----
 
 
+SLOW_FSDP = pytest.param("fsdp", marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """What two processes left behind, each case once (distributed_worker.py)."""
+    """What two processes leave behind, each case once (distributed_worker.py); FSDP2 takes a launch of its own."""
     out, seed = tmp_path_factory.mktemp("two"), random.randrange(10**6)
-    done = torchrun(ROOT / "tests" / "distributed_worker.py", out, str(seed))
-    assert done.returncode == 0, done.stderr[-4000:]
-    return SimpleNamespace(
-        out=out, seed=seed, of=lambda case: [torch.load(out / f"{case}-{r}.pt", weights_only=False) for r in (0, 1)]
-    )
+
+    def of(case: str) -> list[Any]:
+        files = [out / f"{case}-{rank}.pt" for rank in (0, 1)]
+        if not files[1].exists():
+            cases = ["fsdp"] if case == "fsdp" else ["ddp", "not_finite", "fully_sharded"]
+            done = torchrun(ROOT / "tests" / "distributed_worker.py", out, str(seed), *cases)
+            assert done.returncode == 0, done.stderr[-4000:]
+        return [torch.load(file, weights_only=False) for file in files]
+
+    return SimpleNamespace(out=out, seed=seed, of=of)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +76,7 @@ def one(two: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return trained(trainer) | {"state": trainer.model.state_dict()}
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp"])
+@pytest.mark.parametrize("case", ["ddp", SLOW_FSDP])
 def test_two_processes_train_as_one_with_twice_the_batch(two: SimpleNamespace, one: dict[str, Any], case: str) -> None:
     """Unequal lengths, an unequal last batch, label smoothing, clipping and the alignment loss included."""
     ranks = two.of(case)
@@ -91,7 +99,7 @@ def test_each_process_sees_its_own_part_of_every_batch(two: SimpleNamespace, one
     ]
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp"])
+@pytest.mark.parametrize("case", ["ddp", SLOW_FSDP])
 def test_translations_of_two_processes(two: SimpleNamespace, case: str) -> None:
     """Every process has all of them, in order, each once: what the final model says to one row at a time."""
     ranks = two.of(case)
@@ -124,6 +132,7 @@ def test_a_fully_sharded_model_trains_saves_and_reloads(two: SimpleNamespace, fa
     torch.testing.assert_close(logits, expected, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_a_sharded_run(two: SimpleNamespace) -> None:
     """They are whole, load into the sharded model, and a run goes on from one as if it had not stopped."""
     ranks = two.of("fsdp")

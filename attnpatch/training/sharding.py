@@ -21,7 +21,8 @@ def shard(model: nn.Module, reshard_after_forward: bool | None = None, **options
     """Spreads every parameter over all processes with torch's `fully_shard`, in place, one group a layer.
 
     All that is outside the layers is one group with the model itself. accelerate 1.15 would give the embeddings a
-    group of their own, and torch refuses that where weights are tied across it, as Marian's and RoBERTa's are.
+    group of their own, and torch refuses that where weights are tied across it, as those of a Marian or a RoBERTa are,
+    stock or patched.
 
     Args:
         reshard_after_forward: whether a layer's weights are given up between forward and backward; None is torch's
