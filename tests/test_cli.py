@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import save
 from transformers import GPT2Config
 
 import attnpatch
 from attnpatch import files
 from attnpatch.cli import main
+from attnpatch.errors import SpecError
+from attnpatch.functional import expressive_attention
+from attnpatch.kernels import dispatch
 
 ROOT = Path(__file__).parents[1]
 
@@ -196,6 +201,31 @@ def test_commands_that_do_not_exist(run: Any) -> None:
     result = run("convrt", "a", "b")
     assert result.code == 2
     assert "convert" in result.err
+    assert "(see attnpatch --help)" in result.err
+
+
+def test_a_wrong_option_leads_to_the_commands_own_help(run: Any) -> None:
+    assert "(see attnpatch bench --help)" in run("bench", "--repeats", "0").err
+    assert "(see attnpatch convert --help)" in run("convert", "a").err
+
+
+@pytest.mark.parametrize("asked", ["trton", "plain", "blocked", "triton", "auto"])
+def test_env_shows_what_a_call_gets(run: Any, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    """As the environment variable sets it, which is read at the import."""
+    monkeypatch.setattr(dispatch, "_asked", asked)
+    result = run("env", "--json")
+    x = torch.randn(1, 1, 512, 64)
+    if asked == "trton":
+        assert result.code == 2
+        assert "unknown ATTNPATCH_KERNEL 'trton'; did you mean 'triton'?" in result.json["error"]
+        return
+    row = result.json["score kernels"]["cpu float32"]
+    if row.startswith("an error: "):
+        with pytest.raises(SpecError, match=re.escape(row.split("(", 1)[1].removesuffix(")"))):
+            expressive_attention(x, x, x)
+    else:
+        assert row == ("blocked" if asked == "auto" else asked)
+        expressive_attention(x, x, x)
 
 
 def test_debug_shows_the_traceback(run: Any, tmp_path: Path) -> None:

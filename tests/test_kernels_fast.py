@@ -49,7 +49,7 @@ def test_blocked_without_the_compiled_loop(
     fast_cases.check_magnitudes("blocked", kernel, 1e19, (40, 70))
 
 
-@pytest.mark.skipif(native.why_not() is not None, reason=f"no compiled loop: {native.why_not()}")
+@pytest.mark.skipif(native.unwanted() is not None, reason=f"no compiled loop: {native.unwanted()}")
 @pytest.mark.parametrize("name", native.KERNELS)
 def test_the_compiled_loop(seed: int, name: str, tmp_path: Path) -> None:
     """Built anew into an empty folder; each function against float64; and denormal numbers still exist."""
@@ -75,9 +75,24 @@ def test_no_compiled_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_library", native._library.__wrapped__)
     for compiler in ("/bin/false", None):
         monkeypatch.setattr(native, "_compiler", lambda compiler=compiler: compiler)
-        assert native._library() is None
+        assert native.native.__wrapped__("expressive", 2, torch.float32) is None
+        assert ("/bin/false" if compiler else "no C compiler") in str(native.why_not())
     monkeypatch.setenv(native.VARIABLE, "0")
     assert native.VARIABLE in str(native.why_not())
+    monkeypatch.setenv(native.VARIABLE, "no")
+    with pytest.raises(SpecError, match="'no'; it takes 1"):
+        native.native.__wrapped__("expressive", 2, torch.float32)
+
+
+def test_the_compilers_own_error_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real compiler on a source that is no C."""
+    (tmp_path / "broken.c").write_text("int x = nonsense_here;")
+    monkeypatch.setattr(native, "SOURCE", tmp_path / "broken.c")
+    monkeypatch.setattr(native, "_library", native._library.__wrapped__)
+    if native.unwanted() is not None:
+        pytest.skip(str(native.unwanted()))
+    assert "nonsense_here" in str(native.why_not())
+    assert "nonsense_here" in str(dispatch.describe()["compiled loop of blocked"])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

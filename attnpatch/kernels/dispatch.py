@@ -175,14 +175,28 @@ def _four_dimensions(
     return q, k, v, mask.expand(*mask.shape[:-1], key.shape[-2])
 
 
+def _gets(x: Tensor) -> str:
+    """The implementation of expressive attention with x for query, key and value, or the error that a call is."""
+    if _asked == "auto":
+        return choose(x, x, x, None, 0.0, "expressive")
+    reason = why_not(_asked, x, x, x, None, 0.0, "expressive")
+    return _asked if reason is None else f"an error: {_asked} cannot serve it ({reason})"
+
+
 def describe() -> dict[str, object]:
-    """What `attnpatch env` shows of it: what each device and dtype gets, asked of `choose` itself."""
+    """What `attnpatch env` shows of it: what a call gets on each device and in each dtype.
+
+    Raises:
+        SpecError: ATTNPATCH_KERNEL or ATTNPATCH_NATIVE has no such value.
+    """
+    check_name(VARIABLE, _asked, IMPLEMENTATIONS)
     found: dict[str, object] = {"asked for": f"{_asked} ({VARIABLE} asks for another)"}
     for device in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             x = torch.empty(1, 1, 512, 64, dtype=dtype, device=device)
-            found[f"{device} {str(dtype).removeprefix('torch.')}"] = choose(x, x, x, None, 0.0, "expressive")
-    found["below"] = f"{BLOCKED_FROM} scores a head the CPU takes plain"
+            found[f"{device} {str(dtype).removeprefix('torch.')}"] = _gets(x)
+    if _asked == "auto":
+        found["below"] = f"{BLOCKED_FROM} scores a head the CPU takes plain"
     found["compiled loop of blocked"] = native.why_not() or f"from {blocked.COMPILED_FROM} scores a call, in float32"
     if triton_score is None:
         found["triton"] = _why_not_triton(torch.empty(0), torch.empty(0))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attnpatch.environment import cpu_identity
+from attnpatch.errors import SpecError, one_line
 
 VARIABLE = "ATTNPATCH_NATIVE"
 SOURCE = Path(__file__).with_name("native.c")
@@ -56,12 +57,29 @@ def native(kernel: str, degree: int, dtype: torch.dtype) -> Native | None:
     if dtype != torch.float32 or kernel not in KERNELS or (kernel == "polynomial" and degree != 2):
         return None
     library = _library()
-    return library if library is None else Native(library, kernel)
+    return None if isinstance(library, str) else Native(library, kernel)
 
 
 def why_not() -> str | None:
-    """Why there are no compiled passes, or None; compiles nothing."""
-    if os.environ.get(VARIABLE) == "0":
+    """Why there are no compiled passes, with the compiler's error if it failed, or None. Compiles them if need be.
+
+    Raises:
+        SpecError: as `unwanted`.
+    """
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def unwanted() -> str | None:
+    """Why compiling is not tried, or None.
+
+    Raises:
+        SpecError: ATTNPATCH_NATIVE is neither 0 nor 1.
+    """
+    wanted = os.environ.get(VARIABLE) or "1"
+    if wanted not in ("0", "1"):
+        raise SpecError(f"{VARIABLE} is {wanted!r}; it takes 1 (the default: a loop in C, compiled once) or 0 (torch)")
+    if wanted == "0":
         return f"{VARIABLE} is 0"
     if os.name != "posix":
         return f"not tried on {platform.system()}"
@@ -77,9 +95,10 @@ def _compiler() -> str | None:
 
 
 @functools.lru_cache
-def _library() -> ctypes.CDLL | None:
-    if why_not() is not None:
-        return None
+def _library() -> ctypes.CDLL | str:
+    """The compiled functions, or why there are none."""
+    if (reason := unwanted()) is not None:
+        return reason
     try:
         return _load(_cache())
     except (OSError, subprocess.SubprocessError):
@@ -88,8 +107,10 @@ def _library() -> ctypes.CDLL | None:
         # No writable cache: built for this process alone. The file may go once it is loaded.
         with tempfile.TemporaryDirectory(prefix="attnpatch-") as folder:
             return _load(Path(folder))
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or b""
+        text = f"{one_line(error)} {said.decode(errors='replace')}"
+        return f"it could not be compiled: {' '.join(text.split())[:600]}"
 
 
 def _cache() -> Path:
