@@ -1,7 +1,7 @@
-"""The `attnpatch` command: variants, convert, inspect, verify, revert, report, env.
+"""The `attnpatch` command: variants, convert, inspect, verify, revert, report, bench, bench-gpu, env.
 
-Exit codes: 0 done; 1 a check of `verify` failed; 2 bad input; 3 a fault of attnpatch itself; 130 interrupted.
-Everything heavy is imported by the command that needs it, so that --help is quick.
+Exit codes: 0 done; 1 a check of `verify` or `bench-gpu` failed; 2 bad input; 3 a fault of attnpatch itself; 130
+interrupted. Everything heavy is imported by the command that needs it, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -296,9 +296,9 @@ def bench(
     names: Annotated[
         list[str] | None, typer.Argument(help="Benchmarks, or parts such as toolkit.convert; all if none is named.")
     ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of each pair that is timed.")] = 5,
+    repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Of each pair that is timed; 5.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="On a CPU; all if not given.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    device: Annotated[str | None, typer.Option("--device", help="cpu (default) or cuda.")] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder with Multi30k, for training; else synthetic text.")
     ] = None,
@@ -312,28 +312,35 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure what attention and training cost here, as ratios against named peers."""
-    from attnpatch.bench import Settings, choose, run, tables
+    from attnpatch.bench import Settings, run, tables
     from attnpatch.bench.plot import draw
     from attnpatch.bench.targets import summarise
     from attnpatch.environment import available_cpus
     from attnpatch.errors import SpecError, unknown
 
-    if device not in ("cpu", "cuda"):
-        raise SpecError(unknown("device", device, ("cpu", "cuda")))
+    if device not in (None, *tables.DEVICES):
+        raise SpecError(unknown("device", device, tables.DEVICES))
     files: list[Path] = []
     if page is not None:
         from attnpatch.atomic import write_text
 
-        if names:
-            raise SpecError(f"--markdown measures nothing, so {', '.join(names)} cannot go with it")
-        write_text(page, tables.filled(page.read_text(encoding="utf-8"), tables.all_tables(output, device)))
-        files.append(page)
+        given = {"--repeats": repeats, "--threads": threads, "--data": data, "--device": device}
+        words = [*(names or ()), *(option for option, value in given.items() if value is not None)]
+        if words:
+            raise SpecError(
+                f"--markdown measures nothing, so {', '.join(words)} cannot go with it; each of the page's markers "
+                "says its own device: <!-- table [DEVICE:]NAME -->"
+            )
+        write_text(page, tables.filled(page.read_text(encoding="utf-8"), tables.of_devices(output)))
+        measured = [name for name in tables.DEVICES if tables.load(output, name)]
+        files += [page, *(path for name in measured for path in tables.write(output, name))]
+        device = measured[0]
     else:
         say = (lambda line: None) if as_json else (lambda line: _out().print(line, highlight=False, markup=False))
-        choose(names or (), device)
-        settings = Settings(repeats, threads or available_cpus(), device, data, say)
+        device = device or "cpu"
+        settings = Settings(repeats or 5, threads or available_cpus(), device, data, say)
         files += run(names or (), settings, output)
-    files += [*tables.write(output, device), *(draw(output, device) if page is None else ())]
+        files += [*tables.write(output, device), *draw(output, device)]
     targets = summarise(tables.load(output, device), device)
     if as_json:
         _print_json({"files": [str(path) for path in files], "targets": targets})
@@ -354,10 +361,9 @@ def bench_gpu(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tiny shapes on the CPU: tries the script; measures nothing.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check every kernel on a CUDA device, then measure the most important ratios first, within a time budget."""
-    import os
-
     if dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     from attnpatch.bench import gpu
@@ -365,11 +371,21 @@ def bench_gpu(
     from attnpatch.environment import available_cpus
 
     def say(line: str) -> None:
-        _out().print(line, highlight=False, markup=False, soft_wrap=True)
+        if not as_json:
+            _out().print(line, highlight=False, markup=False, soft_wrap=True)
 
     settings = Settings(1 if dry_run else repeats, available_cpus(), "cpu" if dry_run else "cuda", data, say)
     path, failed = gpu.run(settings, output, budget_minutes, dry_run)
     say(f"written: {path}")
+    if as_json:
+        _print_json({"files": [str(path)], "failed": failed, "unchecked": "check" in failed})
+    if "check" in failed:
+        # Not only bad luck with a stage: what was timed after it may be wrong.
+        if not as_json:
+            print(f"attnpatch: the check failed; the timings are marked unchecked in {path}", file=sys.stderr)
+        raise typer.Exit(1)
+    if failed and as_json:
+        raise typer.Exit(BAD_INPUT)
     if failed:
         raise BenchmarkError(f"these stages failed: {', '.join(failed)}; {path} says how")
 
@@ -510,7 +526,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return "interrupted; nothing half-written was left behind", INTERRUPTED
     if hasattr(error, "format_message"):
-        return f"{error.format_message()} (see attnpatch --help)", BAD_INPUT
+        context = getattr(error, "ctx", None)  # of the subcommand, once it is known
+        return f"{error.format_message()} (see {context.command_path if context else 'attnpatch'} --help)", BAD_INPUT
     if isinstance(error, BrokenPipeError):
         # Whoever read our output has gone, `head` for instance; nothing is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -55,6 +56,24 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Versions of attnpatch, of Python and of the packages that are installed."""
     found = {"attnpatch": _versions.ATTNPATCH, "python": platform.python_version()}
     return found | {name: version for name in packages if (version := _version(name)) is not None}
+
+
+def code_commit() -> str | None:
+    """The git commit of attnpatch's own checkout, with "+changes" where the package differs from it; None when it runs
+    from no checkout, or without git."""
+    package = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(package), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        # An environment inside of another project's checkout is not at that project's commit.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
+            return None
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def machine() -> dict[str, Any]:

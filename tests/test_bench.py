@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from attnpatch import bench
+from attnpatch import bench, environment
 from attnpatch.bench import Settings, gpu, steps, tables, targets, timing
 from attnpatch.bench.plot import draw, ratios
 from attnpatch.bench.timing import BenchmarkError
@@ -57,6 +58,13 @@ def test_unknown_names_get_the_nearest() -> None:
         bench.choose(["alignmnt"])
     with pytest.raises(SpecError, match="convert"):
         bench.choose(["toolkit.convrt"])
+    with pytest.raises(SpecError, match=r"'score\.' names no part"):
+        bench.choose(["score."])
+
+
+def test_a_part_named_twice_runs_once() -> None:
+    assert bench.choose(["toolkit.import", "toolkit.import"]) == [("toolkit", "import")]
+    assert bench.choose(["toolkit", "toolkit.import"]) == bench.choose(["toolkit"])
 
 
 def test_a_wrong_result_is_not_timed() -> None:
@@ -137,9 +145,13 @@ def test_targets_take_the_worst_case_and_the_right_direction() -> None:
 
 
 def test_targets_lead_to_parts_that_exist() -> None:
+    """And, where the part has been measured, to a figure of it."""
+    results = tables.load(Path(__file__).parents[1] / "results" / "benchmarks", "cpu")
     for target in targets.TARGETS:
         name, part = target.part.split(".")
         assert part in bench.parts_of(name)
+        if part in results.get(name, {}):
+            assert list(targets.found(results[name][part], target.where)), f"{target.where} leads to nothing"
 
 
 def test_tables_have_a_row_for_each_case() -> None:
@@ -163,20 +175,99 @@ def test_tables_have_a_row_for_each_case() -> None:
 
 def test_a_page_gets_its_tables_anew() -> None:
     page = "words\n<!-- table toolkit.idle -->\nold\n<!-- end -->\nmore\n<!-- table summary -->\n<!-- end -->\n"
-    given = {"toolkit.idle": "| new |\n", "summary": "| sum |\n"}
+    given = {"cpu": {"toolkit.idle": "| new |\n", "summary": "| sum |\n"}}
     found = tables.filled(page, given)
     assert found == page.replace("old\n", "| new |\n").replace("summary -->\n", "summary -->\n| sum |\n")
     assert tables.filled(found, given) == found
     # A part that was not measured says so; one that there is not is refused.
-    assert "-->\nNot measured yet.\n<!--" in tables.filled(page, {"summary": ""})
+    assert "-->\nNot measured yet.\n<!--" in tables.filled(page, {"cpu": {"summary": ""}})
     with pytest.raises(BenchmarkError, match=r"toolkit\.idle"):
         tables.filled(page.replace("toolkit.idle", "toolkit.idel"), given)
+
+
+def test_a_marker_takes_its_own_devices_table() -> None:
+    page = "<!-- table summary -->\n<!-- end -->\n<!-- table cuda:summary -->\n<!-- end -->\n"
+    found = tables.filled(page, {"cpu": {"summary": "slow\n"}, "cuda": {"summary": "fast\n"}})
+    assert found == page.replace("table summary -->\n", "table summary -->\nslow\n").replace(
+        "cuda:summary -->\n", "cuda:summary -->\nfast\n"
+    )
+    with pytest.raises(BenchmarkError, match="'cuda'"):
+        tables.filled(page.replace("cuda", "cuad"), {})
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("<!-- table summary -->\nwords\n<!-- table toolkit.idle -->\n<!-- end -->\n", "line 1 of the page"),
+        ("<!-- table summary -->\n<!-- end -->\nwords\n<!-- table toolkit.idle -->\n", "line 4 of the page"),
+        ("<!-- table no name -->\n<!-- end -->\n", "line 1 of the page"),
+        ("words\n", "no marker"),
+    ],
+)
+def test_a_page_that_would_be_damaged_is_left_alone(tmp_path: Path, page: str, message: str) -> None:
+    path, results = tmp_path / "page.md", tmp_path / "results"
+    path.write_text(page)
+    results.mkdir()
+    (results / "toolkit-cpu.json").write_text(json.dumps({"idle": ratio(1.0)}))
+    found = CliRunner().invoke(app, ["bench", "--markdown", str(path), "--output", str(results)])
+    assert isinstance(found.exception, BenchmarkError)
+    assert message in str(found.exception)
+    assert path.read_text() == page
+
+
+def test_a_page_is_not_emptied_without_results(tmp_path: Path) -> None:
+    path, results = tmp_path / "page.md", tmp_path / "nowhere"
+    path.write_text("<!-- table summary -->\nold\n<!-- end -->\n")
+    words = ["bench", "--markdown", str(path), "--output", str(results)]
+    found = CliRunner().invoke(app, words)
+    assert "has no results" in str(found.exception)
+    found = CliRunner().invoke(app, [*words, "--repeats", "3", "--device", "cuda"])
+    assert "--repeats, --device cannot go with it" in str(found.exception)
+    assert path.read_text() == "<!-- table summary -->\nold\n<!-- end -->\n"
+    assert not results.exists()
+
+
+def test_a_table_says_when_and_with_what_it_was_measured() -> None:
+    about = {"date": "2026-01-02", "commit": "abc123+changes", "attnpatch": "0.1.0", "threads": 2, "repeats": 3}
+    line = "\nMeasured 2026-01-02, abc123+changes, 2 threads, 3 repeats.\n"
+    assert tables.measured_line({"measured": about}) == line
+    about = {"date": "2026-01-02", "attnpatch": "0.1.0", "threads": 1, "repeats": 1}
+    assert tables.measured_line({"measured": about}) == "\nMeasured 2026-01-02, attnpatch 0.1.0, 1 thread, 1 repeat.\n"
+    assert tables.measured_line(ratio(1.0)) == ""
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def test_the_commit_of_a_checkout_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a checkout whose package this is: not of another project's that it is installed in."""
+
+    def git(*words: str) -> str:
+        names = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *names, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    package, deeper = tmp_path / "attnpatch", tmp_path / "lib" / "attnpatch"
+    for folder in (package, deeper):
+        folder.mkdir(parents=True)
+        (folder / "environment.py").write_text("")
+    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert environment.code_commit() is None
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "x")
+    commit = git("rev-parse", "HEAD")[:12]
+    (tmp_path / "results.json").write_text("{}")
+    assert environment.code_commit() == commit
+    (package / "environment.py").write_text("changed = True")
+    assert environment.code_commit() == f"{commit}+changes"
+    monkeypatch.setattr(environment, "__file__", str(deeper / "environment.py"))
+    assert environment.code_commit() is None
 
 
 def test_the_page_has_the_numbers_of_the_results() -> None:
     root = Path(__file__).parents[1]
     page = (root / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert tables.filled(page, tables.all_tables(root / "results" / "benchmarks", "cpu")) == page, (
+    assert tables.filled(page, tables.of_devices(root / "results" / "benchmarks")) == page, (
         "run: attnpatch bench --markdown docs/performance.md"
     )
 
@@ -232,11 +323,48 @@ def test_the_command_line_refuses(tmp_path: Path) -> None:
         assert "no CUDA device" in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("file", r"is a file; it must be a folder"),
+        ("below a file", r"cannot be made"),
+        ("no JSON", r"fake-cpu\.json is no JSON"),
+        ("no parts", r"fake-cpu\.json holds no benchmark's parts"),
+        ("no data", r"--data .*nowhere does not exist"),
+        ("other data", r"--data .* has no files of train and test_2016_flickr"),
+    ],
+)
+def test_input_is_checked_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, message: str
+) -> None:
+    def part(settings: Settings) -> Any:
+        pytest.fail("it was measured")
+
+    fake = ModuleType("fake")
+    fake.__dict__.update(PARTS={"one": part})
+    monkeypatch.setattr(bench, "BENCHMARKS", ("fake",))
+    monkeypatch.setitem(sys.modules, "attnpatch.bench.fake", fake)
+    out, data = tmp_path / "out", {"no data": tmp_path / "nowhere", "other data": tmp_path}.get(damage)
+    if damage == "file":
+        out.write_text("words")
+    elif damage == "below a file":
+        (tmp_path / "words").write_text("words")
+        out = tmp_path / "words" / "out"
+    elif damage.startswith("no ") and data is None:
+        out.mkdir()
+        (out / "fake-cpu.json").write_text("{" if damage == "no JSON" else '{"one": 3}')
+    settings = Settings(repeats=1, threads=torch.get_num_threads(), data=data, say=lambda line: None)
+    with pytest.raises(BenchmarkError, match=message):
+        bench.run([], settings, out)
+
+
 def test_one_real_part(tmp_path: Path) -> None:
     """The import of attnpatch, in processes of its own, as `attnpatch bench toolkit.import` measures it."""
     quiet = Settings(repeats=1, threads=torch.get_num_threads(), say=lambda line: None)
     (path,) = bench.run(["toolkit.import"], quiet, tmp_path)
-    assert 0 < json.loads(path.read_text())["import"]["ratio"]["median"] < 1
+    found = json.loads(path.read_text())["import"]
+    assert 0 < found["ratio"]["median"] < 1
+    assert found["measured"].get("commit") == environment.code_commit()
 
 
 @pytest.mark.slow
@@ -272,3 +400,70 @@ def test_a_stage_that_fails_does_not_end_the_session(tmp_path: Path, monkeypatch
     assert "off by 0.5" in found["first"]["failed"]
     assert found["second"]["ratio"] == 1.0
     assert "budget" in found["third"]["left_out"]
+
+
+@pytest.fixture
+def gpu_stages(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets the session's stages, on what it takes for a CUDA device."""
+
+    def timed(session: gpu.Session) -> None:
+        session.results["operator"] = {"ratio": 1.0}
+
+    def stages(check: Any, least: int = 0) -> None:
+        monkeypatch.setattr(gpu, "STAGES", {"check": (check, least), "operator": (timed, 0)})
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(dispatch, "triton_score", object())
+    return stages
+
+
+def test_timings_after_a_failed_check_are_marked(gpu_stages: Any, tmp_path: Path) -> None:
+    def wrong(session: gpu.Session) -> None:
+        raise BenchmarkError("off by 0.5")
+
+    def right(session: gpu.Session) -> None:
+        session.results["check"] = {"wrong": []}
+
+    words = ["bench-gpu", "--output", str(tmp_path)]
+    for check, least, unchecked in ((wrong, 0, True), (right, 10_000, True), (right, 0, False)):
+        gpu_stages(check, least)
+        found = CliRunner().invoke(app, [*words, "--json"])
+        assert found.exit_code == (1 if unchecked else 0)
+        told = json.loads(found.stdout)
+        assert told["unchecked"] is unchecked
+        stages = json.loads(Path(told["files"][0]).read_text())
+        assert stages["operator"].get("unchecked", False) is unchecked
+        assert "unchecked" not in stages["check"]
+    gpu_stages(wrong)
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 1
+    assert "marked unchecked" in found.output
+
+
+def test_an_earlier_gpu_session_is_kept(gpu_stages: Any, tmp_path: Path) -> None:
+    gpu_stages(lambda session: None)
+    settings = Settings(device="cuda", say=lambda line: None)
+    (tmp_path / "gpu-cuda.json").write_text("first")
+    for _ in range(2):
+        gpu.run(settings, tmp_path, 1.0)
+    assert (tmp_path / "gpu-cuda.previous.json").read_text() == "first"
+    for name in ("gpu-cuda.previous-2.json", "gpu-cuda.json"):
+        assert json.loads((tmp_path / name).read_text())["operator"]["ratio"] == 1.0
+    with pytest.raises(BenchmarkError, match="--data"):
+        gpu.run(Settings(device="cuda", data=tmp_path / "nowhere", say=lambda line: None), tmp_path, 1.0)
+    with pytest.raises(BenchmarkError, match="must be a folder"):
+        gpu.run(settings, tmp_path / "gpu-cuda.json", 1.0)
+
+
+def test_a_gpu_session_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dispatch, "triton_score", None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    settings = Settings(say=lambda line: None)
+    with pytest.raises(BenchmarkError, match="no CUDA device"):
+        gpu.run(settings, tmp_path, 1.0)
+    for installed, message in ((None, "Triton is not installed"), (object(), "needs TRITON_INTERPRET=1")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, installed=installed: installed)
+        with pytest.raises(BenchmarkError, match=message):
+            gpu.run(settings, tmp_path, 1.0, dry=True)

@@ -7,7 +7,6 @@ Each part checks its outputs against its peer before it times them, and times bo
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import time
 from collections.abc import Iterable
@@ -51,20 +50,22 @@ def parts_of(name: str) -> dict[str, Any]:
 
 def choose(words: Iterable[str], device: str = "cpu") -> list[tuple[str, str]]:
     """(benchmark, part) for words such as "alignment" (all of its parts) and "toolkit.convert"; for none all but
-    EXTRA. Parts that have nothing to do with a GPU are left out on one, unless they are named.
+    EXTRA. Parts that have nothing to do with a GPU are left out on one, unless they are named. Each stands once.
 
     Raises:
         SpecError: an unknown benchmark or part; names the nearest.
     """
     chosen, words = [], list(words)
     for word in words or BENCHMARKS:
-        name, _, part = word.partition(".")
+        name, dot, part = word.partition(".")
         parts = parts_of(name)
+        if dot and not part:
+            raise SpecError(f"{word!r} names no part after the dot; parts of {name}: {', '.join(parts)}")
         if part and part not in parts:
             raise SpecError(unknown(f"part of {name}", part, parts))
         apart = importlib.import_module(f"attnpatch.bench.{name}").__dict__.get("CPU_PARTS", ())
         chosen += [(name, p) for p in ([part] if part else parts) if part or device == "cpu" or p not in apart]
-    return chosen if words else [(name, part) for name, part in chosen if f"{name}.{part}" not in EXTRA]
+    return [(name, part) for name, part in dict.fromkeys(chosen) if words or f"{name}.{part}" not in EXTRA]
 
 
 def run(words: Iterable[str], settings: Settings, out: Path) -> list[Path]:
@@ -77,16 +78,22 @@ def run(words: Iterable[str], settings: Settings, out: Path) -> list[Path]:
         The files written.
 
     Raises:
-        SpecError: an unknown name. BenchmarkError: two sides disagree, or there is no such device.
+        SpecError: an unknown name. BenchmarkError: two sides disagree, there is no such device, or (before anything is
+            measured) `out`, a result file in it or the data cannot be used.
     """
     import torch
 
     from attnpatch.atomic import write_json
-    from attnpatch.environment import LIBRARIES, machine, versions
+    from attnpatch.bench import tables
+    from attnpatch.bench.inputs import prepare
+    from attnpatch.environment import LIBRARIES, code_commit, machine, versions
 
     chosen = choose(words, settings.device)
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError("there is no CUDA device here: use --device cpu")
+    prepare(settings, out)
+    tables.load(out, settings.device)
+    commit = code_commit()
     torch.set_num_threads(settings.threads)
     written: dict[Path, None] = {}
     for name, part in chosen:
@@ -96,13 +103,14 @@ def run(words: Iterable[str], settings: Settings, out: Path) -> list[Path]:
         took = time.perf_counter() - started
         settings.say(f"{name}.{part} took {took:.0f} s")
         path = out / f"{name}-{settings.device}.json"
-        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        results = tables.read(path) if path.is_file() else {}
         about = {
             "date": date.today().isoformat(),
             "repeats": settings.repeats,
             "took_seconds": round(took, 1),
             **machine(),
             **versions(LIBRARIES),
+            **({"commit": commit} if commit else {}),
         }
         results[part] = result | {"measured": about}
         write_json(path, results)

@@ -15,6 +15,7 @@ Triton's interpreter: it shows that the script works, and its figures mean nothi
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import multiprocessing
 import os
@@ -37,12 +38,14 @@ CASES = ("none", "causal", "padding", "rows", "dropout")
 
 @dataclass
 class Session:
-    """What is measured with, how long it may take, and the file that grows."""
+    """What is measured with, how long it may take, and the file that grows; `unchecked` when the kernels were not found
+    right, which every stage after the check is then marked with."""
 
     settings: Settings
     path: Path
     seconds: float
     dry: bool
+    unchecked: bool = False
     results: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
@@ -52,27 +55,38 @@ class Session:
     def write(self) -> None:
         from attnpatch.atomic import write_json
 
+        if self.unchecked:
+            for name in STAGES:
+                if name != "check" and name in self.results:
+                    self.results[name]["unchecked"] = True
         write_json(self.path, self.results)
 
 
 def run(settings: Settings, out: Path, minutes: float, dry: bool = False) -> tuple[Path, list[str]]:
-    """Run the stages that `minutes` suffice for; write gpu-DEVICE.json into `out` after each (dry: gpu-dry.json).
+    """Run the stages that `minutes` suffice for; write gpu-DEVICE.json into `out` after each (dry: gpu-dry.json). The
+    file of an earlier session stays as gpu-DEVICE.previous.json (previous-2 and so on), a dry run's does not.
 
     Returns:
-        The file, and the stages that failed.
+        The file, and the stages that failed; "check" also when the budget left no time for it. The timings that follow
+        are then marked `"unchecked": true`.
 
     Raises:
-        BenchmarkError: no CUDA device, or a dry run without Triton's interpreter.
+        BenchmarkError: no CUDA device, no Triton, a dry run without Triton's interpreter, or (before anything is
+            measured) `out` or the data cannot be used.
     """
     import torch
 
-    from attnpatch.environment import LIBRARIES, machine, versions
+    from attnpatch.bench.inputs import prepare
+    from attnpatch.environment import LIBRARIES, code_commit, machine, versions
     from attnpatch.kernels import dispatch
 
     if not dry and not torch.cuda.is_available():
         raise BenchmarkError("there is no CUDA device here; --dry-run tries the script on a CPU")
+    if dispatch.triton_score is None and importlib.util.find_spec("triton") is None:
+        raise BenchmarkError("Triton is not installed (pip install triton)")
     if dispatch.triton_score is None or (dry and not os.environ.get("TRITON_INTERPRET")):
-        raise BenchmarkError("Triton is not installed, or a dry run lacks TRITON_INTERPRET=1 in the environment")
+        raise BenchmarkError("a dry run needs TRITON_INTERPRET=1 in the environment before attnpatch is imported")
+    prepare(settings, out)
     session = Session(settings, out / f"gpu-{'dry' if dry else settings.device}.json", 60 * minutes, dry)
     session.results["measured"] = {
         "date": date.today().isoformat(),
@@ -81,10 +95,17 @@ def run(settings: Settings, out: Path, minutes: float, dry: bool = False) -> tup
         **machine(),
         **versions((*LIBRARIES, "triton")),
     }
+    if commit := code_commit():
+        session.results["measured"]["commit"] = commit
+    if not dry:
+        _set_aside(session.path)
     failed = []
     for name, (stage, least) in STAGES.items():
         if session.left() < least and not dry:
             session.results[name] = {"left_out": f"{session.left():.0f} s of the budget were left; it takes {least}"}
+            if name == "check":
+                failed.append(name)
+                session.unchecked = True
             session.write()
             continue
         start = time.monotonic()
@@ -93,6 +114,7 @@ def run(settings: Settings, out: Path, minutes: float, dry: bool = False) -> tup
         except Exception as error:
             # The stages after it are worth having, whatever it was: out of memory, a compiler's error, a wrong result.
             failed.append(name)
+            session.unchecked |= name == "check"
             session.results.setdefault(name, {})["failed"] = f"{type(error).__name__}: {error}"[:2000]
             settings.say(f"{name} failed: {error}\n{traceback.format_exc(limit=-4)}")
             if torch.cuda.is_available():
@@ -101,6 +123,13 @@ def run(settings: Settings, out: Path, minutes: float, dry: bool = False) -> tup
         session.write()
         settings.say(f"{name}: {session.results[name]['seconds']} s, {session.left():.0f} s left")
     return session.path, failed
+
+
+def _set_aside(path: Path) -> None:
+    """An earlier session's file under the first free name: a session that fails must not cost what another found."""
+    if path.exists():
+        names = (path.with_suffix(f".previous{f'-{n}' if n > 1 else ''}.json") for n in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
 
 
 # --- check ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The results as tables: for a terminal, as Markdown, and in a page between markers.
 
-A page holds `<!-- table BENCHMARK.PART -->` and `<!-- end -->`; what stands between is replaced by the part's table.
-`summary` is the table of the targets.
+A page holds `<!-- table [DEVICE:]BENCHMARK.PART -->` and `<!-- end -->`; what stands between is replaced by the part's
+table. `summary` is the table of the targets; without a device it is the CPU's.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from attnpatch.bench.targets import aim_text, inverse, summarise
 from attnpatch.bench.timing import BenchmarkError
-from attnpatch.errors import unknown
+from attnpatch.errors import one_line, unknown
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_MARKED = re.compile(r"(<!-- table ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+DEVICES = ("cpu", "cuda")
+_OPENED = re.compile(r"<!-- table .*")
+# A marker that is not closed must not reach for the end of the next table: the page between would be lost.
+_MARKED = re.compile(r"(<!-- table (?:(\w+):)?([\w.]+) -->\n)(?:(?!<!-- table ).)*?(<!-- end -->)", re.DOTALL)
 _RATES = ("value_aware.exact", "training.marian")
 """Parts whose tables show the peer's time over ours: times the peer's rate."""
 _METRICS = {
@@ -40,18 +43,26 @@ def load(folder: Path, device: str) -> dict[str, dict[str, Any]]:
     """{benchmark: {part: results}} of the files in `folder`.
 
     Raises:
-        BenchmarkError: one is no JSON.
+        BenchmarkError: one is damaged.
     """
     from attnpatch.bench import BENCHMARKS
 
-    results = {}
-    for name in BENCHMARKS:
-        path = folder / f"{name}-{device}.json"
-        if path.is_file():
-            try:
-                results[name] = json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise BenchmarkError(f"{path} is no JSON ({error}): delete it and measure again") from error
+    paths = {name: folder / f"{name}-{device}.json" for name in BENCHMARKS}
+    return {name: read(path) for name, path in paths.items() if path.is_file()}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """{part: results} of a file that `bench.run` wrote.
+
+    Raises:
+        BenchmarkError: it is no JSON, or not of that form.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, and of UTF-8
+        raise BenchmarkError(f"{path} is no JSON ({one_line(error)}): delete it and measure again") from error
+    if not isinstance(results, dict) or not all(isinstance(part, dict) for part in results.values()):
+        raise BenchmarkError(f"{path} holds no benchmark's parts by name: delete it and measure again")
     return results
 
 
@@ -112,6 +123,31 @@ def markdown(table: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]]) + "\n"
 
 
+def measured_line(results: Mapping[str, Any]) -> str:
+    """When, with which code and how a part was measured, as a line; nothing where its results do not say."""
+    about = results.get("measured", {})
+    code = about.get("commit") or (f"attnpatch {about['attnpatch']}" if "attnpatch" in about else None)
+    threads, repeats = about.get("threads"), about.get("repeats")
+    words = (
+        f"Measured {about['date']}" if "date" in about else None,
+        code,
+        f"{threads} thread{'s' * (threads != 1)}" if threads else None,
+        f"{repeats} repeat{'s' * (repeats != 1)}" if repeats else None,
+    )
+    return f"\n{', '.join(word for word in words if word)}.\n" if words[0] else ""
+
+
+def of_devices(folder: Path) -> dict[str, dict[str, str]]:
+    """{device: `all_tables`} for `filled`.
+
+    Raises:
+        BenchmarkError: the folder has no results of any device.
+    """
+    if not any(load(folder, device) for device in DEVICES):
+        raise BenchmarkError(f"{folder} has no results of a benchmark; --output names their folder")
+    return {device: all_tables(folder, device) for device in DEVICES}
+
+
 def all_tables(folder: Path, device: str) -> dict[str, str]:
     """{"summary" or "benchmark.part": Markdown} of everything that was measured."""
     results = load(folder, device)
@@ -120,7 +156,7 @@ def all_tables(folder: Path, device: str) -> dict[str, str]:
         for part, found in parts.items():
             table = part_table(f"{benchmark}.{part}", found)
             if len(table) > 1:
-                tables[f"{benchmark}.{part}"] = markdown(table)
+                tables[f"{benchmark}.{part}"] = markdown(table) + measured_line(found)
     return tables
 
 
@@ -135,18 +171,34 @@ def write(folder: Path, device: str) -> list[Path]:
     return [summary, tables]
 
 
-def filled(page: str, tables: Mapping[str, str]) -> str:
+def filled(page: str, tables: Mapping[str, Mapping[str, str]]) -> str:
     """`page` with its tables written anew; a part without results says so.
 
+    Args:
+        tables: {device: {name: Markdown}}, as `of_devices` gives them.
+
     Raises:
-        BenchmarkError: it asks for a table of no benchmark.
+        BenchmarkError: it has no marker, one that is not closed, or one of no device or benchmark.
     """
+    closed = {match.start() for match in _MARKED.finditer(page)}
+    for opened in _OPENED.finditer(page):
+        if opened.start() not in closed:
+            line = 1 + page.count("\n", 0, opened.start())
+            raise BenchmarkError(
+                f"line {line} of the page, {opened[0]!r}, opens no table: its form is <!-- table [DEVICE:]NAME -->, "
+                "alone on its line, with <!-- end --> behind it and before the next table"
+            )
+    if not closed:
+        raise BenchmarkError("the page has no marker <!-- table [DEVICE:]NAME --> to write a table behind")
+    known = _known()
 
     def table(match: re.Match[str]) -> str:
-        name = match[2]
-        if name not in tables and name not in _known():
-            raise BenchmarkError(unknown("table", name, {*tables, *_known()}))
-        return match[1] + tables.get(name, "Not measured yet.\n") + match[3]
+        device, name = match[2] or "cpu", match[3]
+        if device not in DEVICES:
+            raise BenchmarkError(unknown("device", device, DEVICES))
+        if name not in known:
+            raise BenchmarkError(unknown("table", name, known))
+        return match[1] + tables.get(device, {}).get(name, "Not measured yet.\n") + match[4]
 
     return _MARKED.sub(table, page)
 
@@ -154,7 +206,7 @@ def filled(page: str, tables: Mapping[str, str]) -> str:
 def _known() -> set[str]:
     from attnpatch.bench import BENCHMARKS, parts_of
 
-    return {f"{name}.{part}" for name in BENCHMARKS for part in parts_of(name)}
+    return {"summary", *(f"{name}.{part}" for name in BENCHMARKS for part in parts_of(name))}
 
 
 def terminal(rows: list[dict[str, Any]]) -> Table:
