@@ -79,9 +79,9 @@ class AttentionPipeline(nn.Module):
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """query [B, H, T, D], key and value [B, H, S, D] -> output [B, H, T, D] and, if asked for, weights."""
-        stock_tail = type(self.select) is SelectAll and type(self.aggregate) is WeightedSum
-        if stock_tail and not need_weights:
-            return self.score.attend(query, key, value, attn_mask, dropout_p, is_causal, scale), None
+        if type(self.aggregate) is WeightedSum and not need_weights:
+            output = self.select.attend(self.score, query, key, value, attn_mask, dropout_p, is_causal, scale)
+            return output, None
         if self.aggregate.bidirectional and (is_causal or (attn_mask is not None and differs_by_query(attn_mask))):
             raise PatchError(
                 f"{self.aggregate} mixes all queries, and this mask shows some of them less than others: what it hides "

@@ -275,7 +275,7 @@ class _Workspace:
         return torch.bmm(a, b, out=self._shaped((a.shape[0], a.shape[1], b.shape[2]))[1])
 
 
-def _compact(keep: Tensor | None) -> Tensor | None:
+def compact_mask(keep: Tensor | None) -> Tensor | None:
     """The mask without the dimensions that only repeat it; models repeat a padding mask for each query."""
     if keep is None:
         return None
@@ -326,14 +326,15 @@ def _plain_weights(rule: Rule, chunk: _Chunk, rows: Tensor, start: int) -> Tenso
     return attention_weights(rows, chunk.seen_key, seen, scale=rule.scale, kernel=rule.kernel, degree=rule.degree)
 
 
-def _log_slope(rule: Rule, z: Tensor) -> Tensor:
+def log_slope(kernel: str, degree: int, z: Tensor) -> Tensor:
     """f'(z) / f(z), and 0 at z = 0, where the weight is 0 or counts as constant."""
-    if rule.kernel == "elu":
+    if kernel == "elu":
         return torch.where(z > 0.0, 1.0 / (1.0 + z.clamp(min=0.0)), 1.0)
     # Rows so small are uniform in the plain form.
-    smallest = math.sqrt(torch.finfo(z.dtype).tiny) * 1e-9
+    order = degree if kernel == "polynomial" else 2
+    smallest = math.sqrt(torch.finfo(z.dtype).tiny) ** (1.0 + 1.0 / order)
     inverse = torch.where(z.abs() > smallest, z, torch.inf).reciprocal()
-    return rule.degree * inverse if rule.kernel == "polynomial" else 2.0 * inverse / (1.0 + z.square())
+    return degree * inverse if kernel == "polynomial" else 2.0 * inverse / (1.0 + z.square())
 
 
 def _whole_dropout(work: _Workspace, chunk: _Chunk, n_heads: int, number: int, start: int, stop: int) -> Tensor | None:
@@ -351,7 +352,7 @@ def blocked_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, H, T, Dv] in query's dtype; what its rounding lost, for the backward pass; row sums [B, H, T]."""
     output, residual, sums = empty_outputs(query, value, training)
-    (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], _compact(keep), rule)
+    (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], compact_mask(keep), rule)
     r = residual.view(o.shape) if residual.numel() else None
     with no_autocast(query.device):
         work = _Workspace(rule, query, key, gradient=False)
@@ -445,7 +446,7 @@ def blocked_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     grads = [torch.empty_like(x) for x in (query, key, value)]
-    (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], _compact(keep), rule)
+    (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], compact_mask(keep), rule)
     r = residual.view(o.shape) if residual.numel() else None
     g, dq, dk, dv = (x.reshape(y.shape) for x, y in zip((grad, *grads), (o, q, k, v), strict=True))
     with no_autocast(query.device):
@@ -533,7 +534,7 @@ def _add_plain_gradients(
         inner -= (inner * weights).sum(-1, keepdim=True)
         key = chunk.seen_key.to(work.dtype)
         z = torch.matmul(here.to(work.dtype) * rule.scale, key.mT).masked_fill(~chunk.visible(start, stop), 0.0)
-        dz = inner * (weights * _log_slope(rule, z)) * rule.scale
+        dz = inner * (weights * log_slope(rule.kernel, rule.degree, z)) * rule.scale
         dq[:, start:stop] += torch.matmul(dz, key)
         dk += torch.matmul(dz.mT, here.to(work.dtype))
 

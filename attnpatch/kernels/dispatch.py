@@ -40,6 +40,11 @@ else:
     triton_score = None  # type: ignore[assignment]
 
 
+def asked() -> str:
+    """The implementation that the environment or `use_implementation` asks for."""
+    return _asked
+
+
 @contextlib.contextmanager
 def use_implementation(name: str) -> Iterator[None]:
     """Within it, the named implementation ("auto" for the automatic choice) computes non-softmax attention."""
@@ -81,7 +86,7 @@ def attend(
     if name == "plain":
         return plain_attention(query, key, value, attn_mask, dropout_p, is_causal, factor, kernel=kernel, degree=degree)
     shape = query.shape
-    q, k, v, keep = _four_dimensions(query, key, value, attn_mask)
+    q, k, v, keep = four_dimensions(query, key, value, attn_mask)
     # Drawn where it is read: a seed on the GPU needs no synchronisation, and differs in each replay of a CUDA graph.
     seed_on = query.device if name == "triton" else "cpu"
     seed = torch.randint(2**62, (), device=seed_on) if dropout_p > 0.0 else None
@@ -93,7 +98,7 @@ def attend(
         from attnpatch.kernels.flex import flex_attention
 
         output = flex_attention(q, k, v, keep, is_causal, factor, kernel, degree)
-    return output if len(shape) == 4 else output.reshape(*_leading(query, key, value), *output.shape[-2:])
+    return output if len(shape) == 4 else output.reshape(*leading_shape(query, key, value), *output.shape[-2:])
 
 
 def choose(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, kernel: str) -> str:
@@ -156,14 +161,20 @@ def _pays(name: str, query: Tensor, key: Tensor) -> bool:
     return query.device.type == "cuda"
 
 
-def _leading(query: Tensor, key: Tensor, value: Tensor) -> torch.Size:
+def leading_shape(query: Tensor, key: Tensor, value: Tensor) -> torch.Size:
+    """What is before the last two dimensions, broadcast."""
     return torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
 
 
-def _four_dimensions(
+def four_dimensions(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    leading = _leading(query, key, value)
+    """query, key and value expanded to [B, H, ...]; mask [1 or B, 1 or H, 1 or T, S].
+
+    Raises:
+        SpecError: the mask does not broadcast to the scores.
+    """
+    leading = leading_shape(query, key, value)
     batch = (1,) * (2 - len(leading)) + tuple(leading)
     q, k, v = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
     if mask is None:

@@ -52,6 +52,14 @@ def check_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
         )
 
 
+def check_call(kernel: str, degree: int, attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raise SpecError for what `attention_weights` does not take."""
+    check_name("kernel", kernel, KERNELS)
+    if kernel == "polynomial":
+        check_degree(degree)
+    check_mask(attn_mask, is_causal)
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float32 for float16 and bfloat16 inputs, else the widest floating dtype among the tensors."""
     dtype = torch.float32
@@ -269,10 +277,7 @@ def kernel_attention(
     """
     from attnpatch.kernels.dispatch import attend
 
-    check_name("kernel", kernel, KERNELS)
-    if kernel == "polynomial":
-        check_degree(degree)
-    check_mask(attn_mask, is_causal)
+    check_call(kernel, degree, attn_mask, is_causal)
     return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, kernel, degree, implementation)
 
 

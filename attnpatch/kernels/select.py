@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from attnpatch.errors import SpecError
-from attnpatch.kernels.score import aggregate, attention_weights, check_name, compute_dtype, no_autocast
+from attnpatch.kernels import dispatch
+from attnpatch.kernels.score import (
+    aggregate,
+    attention_weights,
+    check_call,
+    check_name,
+    compute_dtype,
+    default_scale,
+    no_autocast,
+)
+from attnpatch.kernels.selected import best_order, selected_attention_op
 from attnpatch.kernels.vertex import solve_exactly
 
 SELECTORS: tuple[str, ...] = ("oracle", "norm", "centered")
@@ -25,6 +35,9 @@ SELECTORS: tuple[str, ...] = ("oracle", "norm", "centered")
 # many rows at once to be busy, 4 GB).
 CHUNK_ELEMENTS = 2**25
 _GPU_CHUNKS = 16
+
+FUSED_FROM = 1024
+"""Weights of one head from which the fused form is faster than the plain one, on a CPU; see docs/performance.md."""
 
 
 def check_r(r: int) -> None:
@@ -114,6 +127,9 @@ def top_r_attention(
     `score.kernel_attention` and `top_r_weights`.
     """
     check_r(r)
+    if _fuses(query, key, value, attn_mask, dropout_p, r):
+        check_call(kernel, degree, attn_mask, is_causal)
+        return _fused(query, key, value, attn_mask, dropout_p, is_causal, scale, r, kernel, degree, "weight")
     weights = attention_weights(query, key, attn_mask, is_causal, scale, kernel, degree)
     return aggregate(top_r_weights(weights, r), value, dropout_p, query.dtype)
 
@@ -137,9 +153,52 @@ def value_aware_attention(
     `score.kernel_attention` and `value_aware_weights`.
     """
     check_r(r)
+    if selector in ("norm", "centered") and _fuses(query, key, value, attn_mask, dropout_p, r):
+        check_call(kernel, degree, attn_mask, is_causal)
+        return _fused(query, key, value, attn_mask, dropout_p, is_causal, scale, r, kernel, degree, selector)
     weights = attention_weights(query, key, attn_mask, is_causal, scale, kernel, degree)
     weights = value_aware_weights(weights, value, r, selector, swaps)
     return aggregate(weights, value, dropout_p, query.dtype)
+
+
+def _fuses(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, r: int) -> bool:
+    """Whether `selected` computes the call: it can, and has not been asked for the plain form."""
+    tensors = (query, key, value)
+    if dispatch.asked() not in ("auto", "blocked") or any(x.device.type != "cpu" for x in tensors):
+        return False
+    if not query.is_floating_point() or any(x.dtype != query.dtype or not 2 <= x.dim() <= 4 for x in tensors):
+        return False
+    if not 0.0 <= dropout_p <= 1.0 or (attn_mask is not None and attn_mask.requires_grad):
+        return False
+    n_query, n_key = query.shape[-2], key.shape[-2]
+    # With all keys there is nothing to select, and T x r is no less than T x S.
+    return r < n_key == value.shape[-2] and (dispatch.asked() == "blocked" or n_query * n_key >= FUSED_FROM)
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    r: int,
+    kernel: str,
+    degree: int,
+    criterion: str,
+) -> Tensor:
+    leading = dispatch.leading_shape(query, key, value)
+    factor = default_scale(kernel, query.shape[-1]) if scale is None else float(scale)
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    q, k, v, mask = dispatch.four_dimensions(query, key, value, attn_mask)
+    dropped = None
+    if dropout_p > 0.0:
+        dropped = torch.empty(*q.shape[:-1], r, dtype=torch.bool).bernoulli_(1.0 - dropout_p)
+    output: Tensor = selected_attention_op(
+        q, k, v, mask, dropped, kernel, degree, factor, is_causal, r, criterion, dropout_p, training
+    )[0]
+    return output if len(leading) == 2 else output.reshape(*leading, *output.shape[-2:])
 
 
 def _keep_best(weights: Tensor, score: Tensor, r: int) -> Tensor:
@@ -162,12 +221,7 @@ def _best_mask(weights: Tensor, score: Tensor, r: int) -> Tensor:
         keep = (ranked >= ranked.topk(r, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)) & positive
         if torch.equal(keep.sum(dim=-1), positive.sum(dim=-1).clamp(max=r)):
             return keep
-    # topk does not say which of two equal entries it takes; a stable sort does.
-    order = torch.sort(weights, dim=-1, descending=True, stable=True).indices
-    if score is not weights:
-        # Where the score was NaN or infinite at an excluded key, this also clears it.
-        masked = torch.where(positive, score, float("-inf")).gather(-1, order)
-        order = order.gather(-1, torch.sort(masked, dim=-1, descending=True, stable=True).indices)
+    order = best_order(weights, score, positive)
     keep = torch.zeros_like(positive).scatter(-1, order[..., :r], True)
     return keep & positive
 

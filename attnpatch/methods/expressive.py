@@ -30,6 +30,9 @@ class KernelScore(ScoreStage):
         own = scale if self.scale is None else self.scale
         return attention_weights(query, key, attn_mask, is_causal, own, self.kernel, self.degree)
 
+    def kernel_form(self, scale: float) -> tuple[str, int, float] | None:
+        return (self.kernel, self.degree, scale if self.scale is None else self.scale)
+
     def attend(
         self,
         query: Tensor,

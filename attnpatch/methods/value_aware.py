@@ -10,10 +10,11 @@ from torch import Tensor
 
 from attnpatch.errors import PatchError
 from attnpatch.families.base import Site
-from attnpatch.kernels.select import top_r_weights, value_aware_weights
+from attnpatch.kernels.select import top_r_attention, top_r_weights, value_aware_attention, value_aware_weights
 from attnpatch.methods.base import StageVariant
 from attnpatch.options import option
 from attnpatch.registry import register_variant
+from attnpatch.stages.score import ScoreStage
 from attnpatch.stages.select import SelectStage
 
 PAPER = "Gupta & Berant, EMNLP 2021, arXiv 2103.09857"
@@ -28,6 +29,24 @@ class TopRSelection(SelectStage):
 
     def forward(self, weights: Tensor, value: Tensor) -> Tensor:
         return top_r_weights(weights, self.r)
+
+    def attend(
+        self,
+        score: ScoreStage,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float,
+    ) -> Tensor:
+        form = score.kernel_form(scale)
+        if form is None:
+            return super().attend(score, query, key, value, attn_mask, dropout_p, is_causal, scale)
+        kernel, degree, factor = form
+        arguments = (query, key, value, attn_mask, dropout_p, is_causal, factor)
+        return top_r_attention(*arguments, r=self.r, kernel=kernel, degree=degree)
 
     def extra_repr(self) -> str:
         return f"r={self.r}"
@@ -62,6 +81,24 @@ class ValueAwareSelection(SelectStage):
             selected: Tensor = _Oracle.apply(weights, value, self.r, self.swaps)
             return selected
         return value_aware_weights(weights, value, self.r, selector=self.selector)
+
+    def attend(
+        self,
+        score: ScoreStage,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float,
+    ) -> Tensor:
+        form = score.kernel_form(scale)
+        if form is None or self.selector == "oracle":
+            return super().attend(score, query, key, value, attn_mask, dropout_p, is_causal, scale)
+        kernel, degree, factor = form
+        arguments = (query, key, value, attn_mask, dropout_p, is_causal, factor)
+        return value_aware_attention(*arguments, r=self.r, kernel=kernel, degree=degree, selector=self.selector)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, selector={self.selector}"

@@ -18,6 +18,10 @@ class ScoreStage(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define weights()")
 
+    def kernel_form(self, scale: float) -> tuple[str, int, float] | None:
+        """Kernel, degree and scale with which `attention_weights` gives `weights`; None where it does not."""
+        return None
+
     def attend(
         self,
         query: Tensor,
@@ -38,3 +42,6 @@ class SoftmaxScore(ScoreStage):
 
     def weights(self, query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
         return attention_weights(query, key, attn_mask, is_causal, scale, kernel="softmax")
+
+    def kernel_form(self, scale: float) -> tuple[str, int, float] | None:
+        return ("softmax", 2, scale) if type(self) is SoftmaxScore else None

@@ -4,14 +4,45 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from attnpatch.kernels.score import aggregate
+from attnpatch.stages.score import ScoreStage
+
 
 class SelectStage(nn.Module):
-    """Maps weights to sparser weights. Subclasses override `forward`."""
+    """Maps weights to sparser weights. Subclasses override `forward`, and `attend` where a fused form exists."""
 
     def forward(self, weights: Tensor, value: Tensor) -> Tensor:
         """weights [B, H, T, S] and value [B, H, S, D] -> weights [B, H, T, S] whose rows sum to 1 (or are 0)."""
         return weights
 
+    def attend(
+        self,
+        score: ScoreStage,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float,
+    ) -> Tensor:
+        """Output [B, H, T, D] in one go, for pipes whose aggregation is stock; arguments as `ScoreStage.attend`."""
+        weights = self(score.weights(query, key, attn_mask, is_causal, scale), value)
+        return aggregate(weights, value, dropout_p, query.dtype)
+
 
 class SelectAll(SelectStage):
     """The stock selection: every visible key stays."""
+
+    def attend(
+        self,
+        score: ScoreStage,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float,
+    ) -> Tensor:
+        return score.attend(query, key, value, attn_mask, dropout_p, is_causal, scale)
