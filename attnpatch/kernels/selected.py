@@ -284,7 +284,7 @@ def selected_forward(
         q = q * rule.scale
         space = _Space()
         out = output.new_empty(len(q), q.shape[1], v.shape[-1])
-        for heads, step in _head_blocks(*q.shape[:2], k.shape[1]):
+        for heads, step in _head_blocks(len(q), q.shape[1], k.shape[1]):
             first, end, seen = _visible_keys(masks.of(heads), k.shape[1], rule.r)
             keys, values = k[heads, first:end], v[heads, first:end]
             norm = torch.linalg.vector_norm(values, dim=-1) if rule.criterion != "weight" else None
@@ -345,7 +345,7 @@ def selected_backward(
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         shape = (len(q), q.shape[1], rule.r)
         transpose = rule.r * _TRANSPOSE_FROM <= k.shape[1]
-        for heads, step in _head_blocks(*q.shape[:2], k.shape[1]):
+        for heads, step in _head_blocks(len(q), q.shape[1], k.shape[1]):
             if transpose:
                 # Nothing of the size T x S is made: all queries of the heads at once.
                 step = q.shape[1]
