@@ -262,6 +262,20 @@ def test_when_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             select.top_r_attention(long, long, long, r=2, **arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_forward_derivative_is_that_of_the_plain_form(seed: int, criterion: str) -> None:
+    query, key, value, along = (torch.randn(1, 1, 40, 4, dtype=torch.float64) for _ in range(4))
+
+    def run(query: Tensor) -> Tensor:
+        return attend(criterion, query, key, value, r=3)
+
+    _, forward = torch.func.jvp(run, (query,), (along,))
+    query.requires_grad_()
+    given = torch.randn_like(forward)
+    (backward,) = torch.autograd.grad(run(query), query, given)
+    torch.testing.assert_close((forward * given).sum(), (backward * along).sum())
+
+
 @pytest.mark.parametrize("score", ["softmax", "expressive"])
 def test_in_the_pipeline(seed: int, score: str) -> None:
     """Without weights to return the fused form is taken; it gives what the stages give one by one."""

@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnpatch.errors import SpecError
 from attnpatch.kernels import dispatch
@@ -171,6 +172,9 @@ def _fuses(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
     if not 0.0 <= dropout_p <= 1.0 or (attn_mask is not None and attn_mask.requires_grad):
         return False
     n_query, n_key = query.shape[-2], key.shape[-2]
+    # An operator without a rule for forward-mode derivatives would give 0.
+    if forward_ad._current_level >= 0 or 0 in (n_query, query.shape[-1], value.shape[-1]):
+        return False
     # With all keys there is nothing to select, and T x r is no less than T x S.
     return r < n_key == value.shape[-2] and (dispatch.asked() == "blocked" or n_query * n_key >= FUSED_FROM)
 

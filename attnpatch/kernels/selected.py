@@ -310,7 +310,7 @@ def selected_forward(
                     saved_weights.view(len(q), -1, rule.r)[heads, rows] = kept
                     saved_index.view(len(q), -1, rule.r)[heads, rows] = index + first if first else index
                 if dropped is not None:
-                    kept = kept * dropped.view(len(q), -1, rule.r)[heads, rows] * rule.dropout_factor
+                    kept = kept * dropped.reshape(len(q), -1, rule.r)[heads, rows] * rule.dropout_factor
                 out[heads, rows] = _weighted_sum(index, kept, block_values)
         output.copy_(out.view(output.shape))
     return output, saved_weights, saved_index
@@ -352,10 +352,10 @@ def selected_backward(
             for start in range(0, q.shape[1], step):
                 rows = slice(start, min(start + step, q.shape[1]))
                 here, given = q[heads, rows], g[heads, rows]
-                kept, keys = weights.view(shape)[heads, rows], index.view(shape)[heads, rows].long()
+                kept, keys = weights.reshape(shape)[heads, rows], index.reshape(shape)[heads, rows].long()
                 used, inner = kept, _products(given, v[heads], keys)
                 if dropped is not None:
-                    factor = dropped.view(shape)[heads, rows].to(dtype).mul_(rule.dropout_factor)
+                    factor = dropped.reshape(shape)[heads, rows].to(dtype).mul_(rule.dropout_factor)
                     used, inner = kept * factor, inner * factor
                 dz = (inner - (inner * kept).sum(-1, keepdim=True)) * kept
                 if rule.kernel != "softmax":
