@@ -229,7 +229,7 @@ def test_a_page_is_not_emptied_without_results(tmp_path: Path) -> None:
 
 def test_a_table_says_when_and_with_what_it_was_measured() -> None:
     about = {"date": "2026-01-02", "commit": "abc123+changes", "attnpatch": "0.1.0", "threads": 2, "repeats": 3}
-    line = "\nMeasured 2026-01-02, abc123+changes, 2 threads, 3 repeats.\n"
+    line = "\nMeasured 2026-01-02, commit abc123+changes, 2 threads, 3 repeats.\n"
     assert tables.measured_line({"measured": about}) == line
     about = {"date": "2026-01-02", "attnpatch": "0.1.0", "threads": 1, "repeats": 1}
     assert tables.measured_line({"measured": about}) == "\nMeasured 2026-01-02, attnpatch 0.1.0, 1 thread, 1 repeat.\n"

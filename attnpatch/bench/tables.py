@@ -126,11 +126,11 @@ def markdown(table: list[list[str]]) -> str:
 def measured_line(results: Mapping[str, Any]) -> str:
     """When, with which code and how a part was measured, as a line; nothing where its results do not say."""
     about = results.get("measured", {})
-    code = about.get("commit") or (f"attnpatch {about['attnpatch']}" if "attnpatch" in about else None)
+    kind = next((kind for kind in ("commit", "attnpatch") if kind in about), None)
     threads, repeats = about.get("threads"), about.get("repeats")
     words = (
         f"Measured {about['date']}" if "date" in about else None,
-        code,
+        f"{kind} {about[kind]}" if kind else None,
         f"{threads} thread{'s' * (threads != 1)}" if threads else None,
         f"{repeats} repeat{'s' * (repeats != 1)}" if repeats else None,
     )
