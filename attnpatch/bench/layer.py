@@ -17,7 +17,9 @@ HIDDEN = 768
 LENGTHS = (128, 512)
 TOKENS = 512
 ALLOWED = 1e-3
-"""Relative error in float32: a near tie in a top-r selection may fall the other way, nothing else comes near it."""
+"""Relative error in float32 of all but TIES of the queries."""
+TIES = 0.002
+"""Of a few queries in thousands a near tie in the selection of keys may fall the other way in float32."""
 
 
 class AttentionLayer:
@@ -59,13 +61,14 @@ class AttentionLayer:
         return torch.autograd.grad(loss + extra if extra.requires_grad else loss, leaves, allow_unused=True)
 
     def relative_error(self) -> float:
-        """Of the output in float32, against the same module in float64."""
+        """Of the output in float32, against the same module in float64: of the worst query but for TIES of them."""
         import torch
 
         exact = copy.deepcopy(self.module).double()
         with torch.no_grad():
             expected = exact(self.hidden[:1].double())[0]
-            return float((self.module(self.hidden[:1])[0] - expected).norm() / expected.norm())
+            errors = (self.module(self.hidden[:1])[0] - expected).norm(dim=-1) / expected.norm(dim=-1)
+            return float(errors.flatten().quantile(1.0 - TIES, interpolation="higher"))
 
 
 def attention(settings: Settings) -> dict[str, Any]:

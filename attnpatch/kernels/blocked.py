@@ -250,7 +250,7 @@ class _Workspace:
     """The buffers of one call: a few blocks, whatever the length."""
 
     def __init__(self, rule: Rule, query: Tensor, key: Tensor, gradient: bool) -> None:
-        size = BLOCK_QUERIES * BLOCK_KEYS
+        size = _buffer_size(rule)
         self.dtype = compute_dtype(query)
         compiled = query.shape[:3].numel() * key.shape[2] >= COMPILED_FROM
         self.strength = _Strength(rule, size, self.dtype, gradient, compiled)
@@ -303,11 +303,21 @@ def _flatten(tensors: list[Tensor], keep: Tensor | None, rule: Rule) -> tuple[li
         return tensors, keep
 
 
-def _chunks(query: Tensor, key: Tensor, keep: Tensor | None) -> Iterator[tuple[int, int, slice, Tensor | None]]:
-    """(number, batch, heads, mask): as many heads at a time as make one block of the buffers' size."""
+def _buffer_size(rule: Rule) -> int:
+    """Scores at a time: a block for each thread, which then has heads of its own to multiply.
+
+    One block with dropout, which is drawn by the chunks' numbers and must not hang on the number of threads.
+    """
+    return BLOCK_QUERIES * BLOCK_KEYS * (1 if rule.dropout_p > 0.0 else torch.get_num_threads())
+
+
+def _chunks(
+    query: Tensor, key: Tensor, keep: Tensor | None, rule: Rule
+) -> Iterator[tuple[int, int, slice, Tensor | None]]:
+    """(number, batch, heads, mask): as many heads at a time as make the buffers' size."""
     n_batch, n_heads, n_queries = query.shape[:3]
     block = max(1, min(n_queries, BLOCK_QUERIES) * min(key.shape[2], BLOCK_KEYS))
-    at_once = max(1, BLOCK_QUERIES * BLOCK_KEYS // block)
+    at_once = max(1, _buffer_size(rule) // block)
     number = 0
     for batch in range(n_batch):
         for first in range(0, n_heads, at_once):
@@ -357,7 +367,7 @@ def blocked_forward(
     with no_autocast(query.device):
         work = _Workspace(rule, query, key, gradient=False)
         n.zero_()
-        for number, batch, heads, mask in _chunks(q, k, keep):
+        for number, batch, heads, mask in _chunks(q, k, keep, rule):
             chunk = _Chunk(rule, k[batch, heads], v[batch, heads], mask, work.dtype)
             rows, total = q[batch, heads].to(work.dtype), n[batch, heads]
             target = o[batch, heads]
@@ -452,7 +462,7 @@ def blocked_backward(
     with no_autocast(query.device):
         work = _Workspace(rule, query, key, gradient=True)
         slope = rule.scale * work.strength.slope
-        for number, batch, heads, mask in _chunks(q, k, keep):
+        for number, batch, heads, mask in _chunks(q, k, keep, rule):
             chunk = _Chunk(rule, k[batch, heads], v[batch, heads], mask, work.dtype)
             rows = q[batch, heads].to(work.dtype)
             targets = [x[batch, heads] for x in (dq, dk, dv)]

@@ -7,6 +7,7 @@ rounding. ctypes and not torch's extensions: none of torch's headers is read.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -25,7 +26,9 @@ from attnpatch.errors import SpecError, one_line
 
 VARIABLE = "ATTNPATCH_NATIVE"
 SOURCE = Path(__file__).with_name("native.c")
-COMPILE = ("-O3", "-march=native", "-ffast-math", "-mprefer-vector-width=512", "-fPIC", "-c")
+# Elsewhere than on x86 the processor's identity, which the cache goes by, says too little for -march=native.
+_TUNED = ("-march=native", "-mprefer-vector-width=512") if platform.machine() in ("x86_64", "AMD64") else ()
+COMPILE = ("-O3", *_TUNED, "-ffast-math", "-fPIC", "-c")
 TIMEOUT = 60.0
 
 _FORWARD = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long)
@@ -101,7 +104,7 @@ def _library() -> ctypes.CDLL | str:
         return reason
     try:
         return _load(_cache())
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
         pass
     try:
         # No writable cache: built for this process alone. The file may go once it is loaded.
@@ -127,16 +130,32 @@ def _load(folder: Path) -> ctypes.CDLL:
     if compiler is None:
         raise OSError("no C compiler")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
-    what = (SOURCE.read_bytes(), version, " ".join(COMPILE).encode(), cpu_identity().encode())
+    threads = _openmp()
+    compiling = [*COMPILE, *(["-fopenmp"] if threads else [])]
+    linking = [str(threads)] if threads else []
+    what = (SOURCE.read_bytes(), version, " ".join([*compiling, *linking]).encode(), cpu_identity().encode())
     # -march=native: one home may serve unlike machines.
     path = folder / f"native-{hashlib.sha256(b'|'.join(what)).hexdigest()[:20]}.so"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            build, built = f"{aside}/native.o", f"{aside}/native.so"
-            # In two steps: linking with -ffast-math would flush denormal numbers in the whole process.
-            commands = ([compiler, *COMPILE, str(SOURCE), "-o", build], [compiler, "-shared", build, "-o", built])
-            for command in commands:
-                subprocess.run(command, capture_output=True, check=True, timeout=TIMEOUT)
-            os.replace(built, path)
-    return ctypes.CDLL(str(path))
+    with contextlib.suppress(OSError):  # missing, or damaged and then built anew
+        return ctypes.CDLL(str(path))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        build, built = f"{aside}/native.o", f"{aside}/native.so"
+        # In two steps: linking with -ffast-math would flush denormal numbers in the whole process.
+        commands = (
+            [compiler, *compiling, str(SOURCE), "-o", build],
+            [compiler, "-shared", build, *linking, "-o", built],
+        )
+        for command in commands:
+            subprocess.run(command, capture_output=True, check=True, timeout=TIMEOUT)
+        library = ctypes.CDLL(built)
+        with open(built, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(built, path)
+    return library
+
+
+def _openmp() -> Path | None:
+    """The OpenMP library that torch runs on: its threads and their number serve the loops, too; another one would
+    start threads of its own beside them."""
+    return next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
