@@ -32,7 +32,7 @@ BENCHMARKS = (
     "query_value",
 )
 """By what they measure, the most important first; each is a module of this package."""
-EXTRA = ("score.causal", "neural.fused", "query_value.step")
+EXTRA = ("score.causal", "neural.fused", "query_value.step", "toolkit.convert")
 """Parts that are measured only when they or their benchmark are named: all of the rest is to fit into 15 minutes."""
 
 

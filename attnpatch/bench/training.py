@@ -154,7 +154,7 @@ class Sides:
             # The loader is a batch ahead of the updates.
             "target_tokens": sum(counts[:steps]),
             "seconds": clock[1] - clock[0],
-            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "parameters": sum(p.numel() for p in model.parameters()),
         }
 
     def file_order(self, precision: str, sentences: int) -> tuple[list[str], float]:
@@ -257,7 +257,8 @@ def _same_work(ours: dict[str, Any], peer: dict[str, float]) -> None:
     """Refuse to compare other models, or another number of updates; and updates of another size, but for what chance
     makes of them: batches hold as many pairs on average, and few batches are drawn."""
     for name, mine, its, allowed in (
-        ("parameters", ours["parameters"]["trainable"], peer["parameters"], 0.0),
+        # All: the fixed positions of a loaded Marian count as trainable in transformers, those of a fresh one do not.
+        ("parameters", ours["parameters"]["total"], peer["parameters"], 0.0),
         ("updates", ours["steps"], peer["updates"], 0.0),
         ("target tokens", ours["tokens"]["target"], peer["target_tokens"], 0.25),
     ):
