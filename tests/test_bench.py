@@ -27,7 +27,7 @@ from attnpatch.kernels import dispatch
 def test_every_benchmark_has_parts() -> None:
     for name in bench.BENCHMARKS:
         assert bench.parts_of(name)
-    assert ("toolkit", "convert") in bench.choose([])
+    assert ("toolkit", "step") in bench.choose([])
     assert bench.choose(["toolkit.import", "alignment"])[0] == ("toolkit", "import")
 
 
