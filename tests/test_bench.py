@@ -290,7 +290,7 @@ def test_the_layer_is_checked_and_gives_all_gradients(spec: Any) -> None:
 def test_sides_that_do_other_work_are_not_compared() -> None:
     from attnpatch.bench.training import _same_work
 
-    ours = {"parameters": {"trainable": 10}, "steps": 5, "tokens": {"target": 1000}}
+    ours = {"parameters": {"total": 10}, "steps": 5, "tokens": {"target": 1000}}
     peer = {"parameters": 10, "updates": 5, "target_tokens": 1100}
     _same_work(ours, peer)
     for name, value in (("parameters", 11), ("updates", 6), ("target_tokens", 2000)):
