@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,6 @@ from attnpatch.kernels.select import top_r_attention, top_r_weights, value_aware
 from attnpatch.methods.base import StageVariant
 from attnpatch.options import option
 from attnpatch.registry import register_variant
-from attnpatch.stages.score import ScoreStage
 from attnpatch.stages.select import SelectStage
 
 PAPER = "Gupta & Berant, EMNLP 2021, arXiv 2103.09857"
@@ -30,23 +31,8 @@ class TopRSelection(SelectStage):
     def forward(self, weights: Tensor, value: Tensor) -> Tensor:
         return top_r_weights(weights, self.r)
 
-    def attend(
-        self,
-        score: ScoreStage,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float,
-    ) -> Tensor:
-        form = score.kernel_form(scale)
-        if form is None:
-            return super().attend(score, query, key, value, attn_mask, dropout_p, is_causal, scale)
-        kernel, degree, factor = form
-        arguments = (query, key, value, attn_mask, dropout_p, is_causal, factor)
-        return top_r_attention(*arguments, r=self.r, kernel=kernel, degree=degree)
+    def fused(self) -> Callable[..., Tensor] | None:
+        return partial(top_r_attention, r=self.r)
 
     def extra_repr(self) -> str:
         return f"r={self.r}"
@@ -82,23 +68,10 @@ class ValueAwareSelection(SelectStage):
             return selected
         return value_aware_weights(weights, value, self.r, selector=self.selector)
 
-    def attend(
-        self,
-        score: ScoreStage,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float,
-    ) -> Tensor:
-        form = score.kernel_form(scale)
-        if form is None or self.selector == "oracle":
-            return super().attend(score, query, key, value, attn_mask, dropout_p, is_causal, scale)
-        kernel, degree, factor = form
-        arguments = (query, key, value, attn_mask, dropout_p, is_causal, factor)
-        return value_aware_attention(*arguments, r=self.r, kernel=kernel, degree=degree, selector=self.selector)
+    def fused(self) -> Callable[..., Tensor] | None:
+        if self.selector == "oracle":
+            return None
+        return partial(value_aware_attention, r=self.r, selector=self.selector)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, selector={self.selector}"

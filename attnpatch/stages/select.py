@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from attnpatch.kernels.score import aggregate
@@ -9,11 +11,15 @@ from attnpatch.stages.score import ScoreStage
 
 
 class SelectStage(nn.Module):
-    """Maps weights to sparser weights. Subclasses override `forward`, and `attend` where a fused form exists."""
+    """Maps weights to sparser weights. Subclasses override `forward`, and `fused` where such a form exists."""
 
     def forward(self, weights: Tensor, value: Tensor) -> Tensor:
         """weights [B, H, T, S] and value [B, H, S, D] -> weights [B, H, T, S] whose rows sum to 1 (or are 0)."""
         return weights
+
+    def fused(self) -> Callable[..., Tensor] | None:
+        """Selection and sum in one, for scores that are a kernel: a function with `kernel_attention`'s arguments."""
+        return None
 
     def attend(
         self,
@@ -27,6 +33,10 @@ class SelectStage(nn.Module):
         scale: float,
     ) -> Tensor:
         """Output [B, H, T, D] in one go, for pipes whose aggregation is stock; arguments as `ScoreStage.attend`."""
+        fused, form = self.fused(), score.kernel_form(scale)
+        if fused is not None and form is not None:
+            kernel, degree, factor = form
+            return fused(query, key, value, attn_mask, dropout_p, is_causal, factor, kernel=kernel, degree=degree)
         weights = self(score.weights(query, key, attn_mask, is_causal, scale), value)
         return aggregate(weights, value, dropout_p, query.dtype)
 
