@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from attnpatch.errors import SpecError
 from attnpatch.kernels import alignment as al
+from attnpatch.kernels import alignment_networks as an
 
 D = 4
 METHODS = ["ct", "gan", "ot", "mmd"]
@@ -22,9 +23,9 @@ METHODS = ["ct", "gan", "ot", "mmd"]
 
 def networks(method, dtype=torch.float64, dim=D, hidden=6):
     if method == "ct":
-        nets = {"navigator": al.Navigator(dim, hidden), "critic": al.Critic(dim, hidden)}
+        nets = {"navigator": an.Navigator(dim, hidden), "critic": an.Critic(dim, hidden)}
     elif method == "gan":
-        nets = {"discriminator": al.Discriminator(dim, hidden)}
+        nets = {"discriminator": an.Discriminator(dim, hidden)}
     else:
         nets = {}
     return {name: net.to(dtype) for name, net in nets.items()}
@@ -360,31 +361,85 @@ def test_gradcheck(method):
 
 def test_gradient_reversal():
     x = torch.randn(3, requires_grad=True)
-    y = al.gradient_reversal(x, 0.5)
+    y = an.gradient_reversal(x, 0.5)
     assert torch.equal(y, x)
     (g,) = torch.autograd.grad((y * torch.arange(3.0)).sum(), x)
     assert torch.equal(g, -0.5 * torch.arange(3.0))
 
 
 def test_reversed_parameters_leave_the_input_gradient_alone():
-    net, x = al.Critic(D, 6), torch.randn(7, D, requires_grad=True)
+    net, x = an.Critic(D, 6), torch.randn(7, D, requires_grad=True)
     direction = torch.randn(7, D)
     leaves = [x, *net.parameters()]
     want = torch.autograd.grad((net(x) * direction).sum(), leaves)
-    got = torch.autograd.grad((functional_call(net, al.reversed_parameters(net), (x,)) * direction).sum(), leaves)
+    got = torch.autograd.grad((functional_call(net, an.reversed_parameters(net), (x,)) * direction).sum(), leaves)
     assert torch.equal(got[0], want[0])
     assert all(torch.equal(g, -w) for g, w in zip(got[1:], want[1:], strict=True))
 
 
-@pytest.mark.parametrize("kind", [al.Discriminator, al.Navigator, al.Critic])
+def gradients_of(net, x, direction, apply):
+    leaves = [leaf for leaf in (x, *net.parameters()) if leaf.requires_grad]
+    out = apply(net, x)
+    return [out, *torch.autograd.grad((out * direction).sum(), leaves)]
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "input", "inner.weight", "outer.bias", "networks"])
+@pytest.mark.parametrize("adversary", [False, True])
+@pytest.mark.parametrize("kind", [an.Discriminator, an.Navigator, an.Critic])
+def test_networks_by_parts_equal_autograd(kind, adversary, frozen, monkeypatch):
+    net = kind(D, 6).double()
+    x = torch.randn(3, 7, 2, D, dtype=torch.float64).transpose(1, 2).requires_grad_(frozen != "input")
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(frozen not in ("networks", name))
+    direction = torch.randn_like(net(x))
+    want = gradients_of(net, x, direction, lambda net, x: net(x))
+    for tokens in (1, 5, 42, 1000):
+        monkeypatch.setattr(an, "_TOKENS", tokens)
+        got = gradients_of(net, x, direction, lambda net, x: an.apply_network(net, x, adversary))
+        count = int(x.requires_grad)
+        signs = [1] * (1 + count) + [-1 if adversary else 1] * (len(want) - 1 - count)
+        for a, b, sign in zip(got, want, signs, strict=True):
+            torch.testing.assert_close(a, sign * b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", [an.Discriminator, an.Navigator, an.Critic])
+def test_networks_keep_their_input_alone(kind):
+    net, x = kind(D, 64), torch.randn(100, D, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        an.apply_network(net, x)
+    assert max(kept) == max(x.numel(), *(p.numel() for p in net.parameters()))
+
+
+def test_networks_with_something_hung_on_are_called():
+    """A hook, another class inside, another class altogether: these are the caller's, and must not be passed over."""
+    x, seen = torch.randn(5, D), []
+    net = an.Critic(D, 6)
+    handle = net.inner.register_forward_hook(lambda *_: seen.append(1))
+    an.apply_network(net, x)
+    assert seen
+    handle.remove()
+    torch.testing.assert_close(an.apply_network(net, x), net(x))
+    net.inner = nn.Sequential(net.inner, nn.Tanh())
+    assert torch.equal(an.apply_network(net, x), net(x))
+
+    class Doubled(an.Critic):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = Doubled(D, 6)
+    torch.testing.assert_close(an.apply_network(net, x), net(x))
+
+
+@pytest.mark.parametrize("kind", [an.Discriminator, an.Navigator, an.Critic])
 def test_networks(kind):
     net = kind(D, 6).double()
     x = torch.randn(2, 3, 5, D, dtype=torch.float64)
     out = net(x)
-    assert out.shape == ((2, 3, 5) if kind is al.Discriminator else (2, 3, 5, D))
+    assert out.shape == ((2, 3, 5) if kind is an.Discriminator else (2, 3, 5, D))
     one = x[1, 2, 3]
-    expected = oracle.mlp(net, one if kind is al.Navigator else oracle.highway(net.highway, one))
-    torch.testing.assert_close(out[1, 2, 3], expected.squeeze(0) if kind is al.Discriminator else expected)
+    expected = oracle.mlp(net, one if kind is an.Navigator else oracle.highway(net.highway, one))
+    torch.testing.assert_close(out[1, 2, 3], expected.squeeze(0) if kind is an.Discriminator else expected)
     inside = {id(p) for m in net.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
     assert {id(p) for p in net.parameters()} == inside  # plain linear layers only
     before = [p.detach().clone() for p in net.parameters()]
@@ -397,7 +452,7 @@ def test_one_optimiser_trains_both_sides():
     """Plain SGD on the one loss: the discriminator learns to tell fixed q from k, then q and k fool it."""
     torch.manual_seed(0)
     q, k = (x.detach() for x in tensors(4, 2, 8, 8, dtype=torch.float32))
-    net = al.Discriminator(D, 16)
+    net = an.Discriminator(D, 16)
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
     values = []
     for _ in range(60):
@@ -426,8 +481,8 @@ def test_one_optimiser_trains_both_sides():
         ({"method": "otr"}, "'ot'"),
         ({"reduction": "avg"}, "mean"),
         ({"method": "gan"}, "needs a discriminator"),
-        ({"method": "ot", "critic": al.Critic(D, 4)}, "belong to method='ct'"),
-        ({"method": "ct", "discriminator": al.Discriminator(D, 4)}, "belongs to method='gan'"),
+        ({"method": "ot", "critic": an.Critic(D, 4)}, "belong to method='ct'"),
+        ({"method": "ct", "discriminator": an.Discriminator(D, 4)}, "belongs to method='gan'"),
         ({"bandwidth": "medain"}, "median"),
         ({"bandwidth": 0.0}, "positive"),
         ({"eps": 0.0}, "positive"),

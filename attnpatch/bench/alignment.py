@@ -39,7 +39,8 @@ def steps(settings: Settings) -> dict[str, Any]:
 def memory(settings: Settings) -> dict[str, Any]:
     import torch
 
-    from attnpatch.kernels.alignment import Critic, Discriminator, Navigator, alignment_loss
+    from attnpatch.kernels.alignment import alignment_loss
+    from attnpatch.kernels.alignment_networks import Critic, Discriminator, Navigator
 
     heads, tokens, dim = 4, 512, 64
     networks: dict[str, dict[str, Any]] = {

@@ -29,110 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 
 from ..errors import SpecError, unknown
+from .alignment_networks import apply_network
 
 METHODS = ("ct", "gan", "ot", "mmd")
 REDUCTIONS = ("mean", "sum", "none")
 BANDWIDTHS = ("median", "mean")
 _TINY_NORM = 1e-6
-
-
-# ------------------------------------------------------------------------------------- gradient reversal
-
-
-class _GradientReversal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * -ctx.scale, None
-
-
-def gradient_reversal(x: Tensor, scale: float = 1.0) -> Tensor:
-    """The identity, whose gradient is multiplied by `-scale`."""
-    return _GradientReversal.apply(x, scale)
-
-
-def reversed_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of `module` by name, with reversed gradients: for `torch.func.functional_call`."""
-    return {name: gradient_reversal(parameter) for name, parameter in module.named_parameters()}
-
-
-def _call(module: nn.Module | None, x: Tensor, adversary: bool = False) -> Tensor:
-    """module(x) with its parameters in the dtype of x, their gradient reversed for an adversary; None: x."""
-    if module is None:
-        return x
-    parameters = reversed_parameters(module) if adversary else dict(module.named_parameters())
-    return functional_call(module, {name: p.to(x.dtype) for name, p in parameters.items()}, (x,))
-
-
-# ---------------------------------------------------------------------------------------------- networks
-
-
-class _Network(nn.Module):
-    """Linear layers on [..., head_dim], one network for all heads of a layer."""
-
-    def reset_parameters(self) -> None:
-        """Initialise every linear layer as `nn.Linear` does."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
-
-
-class Highway(_Network):
-    """t = sigmoid(A x); t * relu(B x) + (1 - t) * x. A and B are linear layers with a bias."""
-
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(head_dim, head_dim)
-        self.transform = nn.Linear(head_dim, head_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.gate(x))
-        return torch.lerp(x, F.relu(self.transform(x)), gate)
-
-
-class Discriminator(_Network):
-    """[..., head_dim] -> [...]: the logit of D(x); highway, Linear, LeakyReLU, Linear (D is its sigmoid)."""
-
-    def __init__(self, head_dim: int, hidden: int) -> None:
-        super().__init__()
-        self.highway = Highway(head_dim)
-        self.inner = nn.Linear(head_dim, hidden)
-        self.outer = nn.Linear(hidden, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.outer(F.leaky_relu(self.inner(self.highway(x)))).squeeze(-1)
-
-
-class Navigator(_Network):
-    """[..., head_dim] -> [..., head_dim]: Linear, LeakyReLU, Linear (t_phi of `ct`)."""
-
-    def __init__(self, head_dim: int, hidden: int) -> None:
-        super().__init__()
-        self.inner = nn.Linear(head_dim, hidden)
-        self.outer = nn.Linear(hidden, head_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.outer(F.leaky_relu(self.inner(x)))
-
-
-class Critic(_Network):
-    """[..., head_dim] -> [..., head_dim]: highway, Linear, LeakyReLU, Linear (t_eta of `ct`)."""
-
-    def __init__(self, head_dim: int, hidden: int) -> None:
-        super().__init__()
-        self.highway = Highway(head_dim)
-        self.inner = nn.Linear(head_dim, hidden)
-        self.outer = nn.Linear(hidden, head_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.outer(F.leaky_relu(self.inner(self.highway(x))))
 
 
 # ----------------------------------------------------------------------------------------- shared pieces
@@ -260,8 +164,8 @@ def _conditional_transport(tokens: _Tokens, navigator: nn.Module | None, critic:
     Both directions share S and the cosines. Their gradients are taken at once, so that the T x S matrices of a
     few problems at a time are all that ever exists.
     """
-    moves = _call(navigator, tokens.x)
-    features = _call(critic, tokens.x, adversary=True)
+    moves = apply_network(navigator, tokens.x)
+    features = apply_network(critic, tokens.x, adversary=True)
     needs = torch.is_grad_enabled() and (moves.requires_grad or features.requires_grad)
     with torch.no_grad():
         loss, gradients = _transport_losses(tokens, moves.detach(), features.detach(), needs)
@@ -322,7 +226,7 @@ def _ratio(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _adversarial(tokens: _Tokens, discriminator: nn.Module) -> Tensor:
-    q_logit, k_logit = tokens.split(_call(discriminator, tokens.x, adversary=True))
+    q_logit, k_logit = tokens.split(apply_network(discriminator, tokens.x, adversary=True))
     return _mean(F.logsigmoid(q_logit), tokens.q_valid) + _mean(F.logsigmoid(-k_logit), tokens.k_valid)
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attnpatch.families.base import Site
-from attnpatch.kernels.alignment import Critic, Discriminator, Navigator, alignment_loss
+from attnpatch.kernels.alignment import alignment_loss
+from attnpatch.kernels.alignment_networks import Critic, Discriminator, Navigator
 from attnpatch.methods.base import StageVariant
 from attnpatch.options import option
 from attnpatch.registry import register_variant

@@ -1,0 +1,216 @@
+"""The networks of the alignment losses `ct` and `gan` (Zhang et al., NeurIPS 2021, arXiv 2110.12567), and how they
+are applied.
+
+The tokens of a layer are many and the networks narrow: on a CPU, memory traffic is most of their price. There they
+take a thousand tokens or so at a time, which stay in the cache, keep the input alone, and compute the rest again in
+the backward pass. Everywhere else, and for networks of other classes, it is autograd's business.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+# Tokens of one pass: six buffers of 1,024 x 64 float32 numbers are 1.5 MiB.
+_TOKENS = 1024
+_SLOPE = 0.01  # of F.leaky_relu
+
+
+class _GradientReversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * -ctx.scale, None
+
+
+def gradient_reversal(x: Tensor, scale: float = 1.0) -> Tensor:
+    """The identity, whose gradient is multiplied by `-scale`."""
+    return _GradientReversal.apply(x, scale)
+
+
+def reversed_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of `module` by name, with reversed gradients: for `torch.func.functional_call`."""
+    return {name: gradient_reversal(parameter) for name, parameter in module.named_parameters()}
+
+
+class _Network(nn.Module):
+    """Linear layers on [..., head_dim], one network for all heads of a layer."""
+
+    def reset_parameters(self) -> None:
+        """Initialise every linear layer as `nn.Linear` does."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+
+
+class Highway(_Network):
+    """t = sigmoid(A x); t * relu(B x) + (1 - t) * x. A and B are linear layers with a bias."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(head_dim, head_dim)
+        self.transform = nn.Linear(head_dim, head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.gate(x))
+        return torch.lerp(x, F.relu(self.transform(x)), gate)
+
+
+class Discriminator(_Network):
+    """[..., head_dim] -> [...]: the logit of D(x); highway, Linear, LeakyReLU, Linear (D is its sigmoid)."""
+
+    def __init__(self, head_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.highway = Highway(head_dim)
+        self.inner = nn.Linear(head_dim, hidden)
+        self.outer = nn.Linear(hidden, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(F.leaky_relu(self.inner(self.highway(x)))).squeeze(-1)
+
+
+class Navigator(_Network):
+    """[..., head_dim] -> [..., head_dim]: Linear, LeakyReLU, Linear (t_phi of `ct`)."""
+
+    def __init__(self, head_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(head_dim, hidden)
+        self.outer = nn.Linear(hidden, head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(F.leaky_relu(self.inner(x)))
+
+
+class Critic(_Network):
+    """[..., head_dim] -> [..., head_dim]: highway, Linear, LeakyReLU, Linear (t_eta of `ct`)."""
+
+    def __init__(self, head_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.highway = Highway(head_dim)
+        self.inner = nn.Linear(head_dim, hidden)
+        self.outer = nn.Linear(hidden, head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(F.leaky_relu(self.inner(self.highway(x))))
+
+
+# -------------------------------------------------------------------------------------------- application
+
+
+def apply_network(module: nn.Module | None, x: Tensor, adversary: bool = False) -> Tensor:
+    """module(x) with its parameters in the dtype of x, their gradient reversed for an adversary; None: x.
+
+    Args:
+        module: `Discriminator`, `Navigator`, `Critic`, or any other module.
+        x: [..., head_dim].
+        adversary: reverse the gradient of the parameters, and not that of x.
+    """
+    if module is None:
+        return x
+    if _is_fused(module, x):
+        return _Narrow.apply(x, adversary, *(None if p is None else p.to(x.dtype) for p in _ordered(module)))
+    parameters = reversed_parameters(module) if adversary else dict(module.named_parameters())
+    return functional_call(module, {name: p.to(x.dtype) for name, p in parameters.items()}, (x,))
+
+
+def _is_fused(module: nn.Module, x: Tensor) -> bool:
+    """True if `_Narrow` computes what `module` would: our own classes, with nothing put in or hung on."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or type(module) not in _NETWORKS:
+        return False
+    parts = list(module.modules())
+    plain = all(type(part) in (nn.Linear, Highway, type(module)) for part in parts)
+    return plain and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
+def _ordered(module: Any) -> list[Tensor | None]:
+    """Weights and biases in the order of `_Narrow`: the highway's two layers as one, or None, then inner and outer."""
+    both: list[Tensor | None] = [None, None]
+    if hasattr(module, "highway"):
+        gate, transform = module.highway.gate, module.highway.transform
+        both = [torch.cat([gate.weight, transform.weight]), torch.cat([gate.bias, transform.bias])]
+    return [*both, module.inner.weight, module.inner.bias, module.outer.weight, module.outer.bias]
+
+
+class _Narrow(torch.autograd.Function):
+    """outer(leaky_relu(inner(highway(x)))) [..., D] -> [..., out], or [...] where out is 1; the highway may be None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, adversary: bool, *weights: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        ctx.adversary = adversary
+        rows = x.reshape(-1, x.shape[-1])
+        w_out, b_out = weights[4:]
+        out = rows.new_empty(rows.shape[0], w_out.shape[0])
+        for part in _parts(rows):
+            *_, hidden = _hidden(rows[part], weights)
+            torch.addmm(b_out, hidden, w_out.t(), out=out[part])
+        return out.view(x.shape[:-1]) if w_out.shape[0] == 1 else out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        w_both, _, w_in, _, w_out, _ = weights
+        rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, w_out.shape[0])
+        d_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        sums = [None if w is None else torch.zeros_like(w) for w in weights]
+        sign = -1.0 if ctx.adversary else 1.0
+
+        def add(index: int, d_out: Tensor, inputs: Tensor) -> None:
+            """The gradients of weight `index` and its bias, of a linear layer's output gradient and inputs."""
+            if ctx.needs_input_grad[2 + index]:
+                sums[index].addmm_(d_out.t(), inputs, alpha=sign)
+            if ctx.needs_input_grad[3 + index]:
+                sums[index + 1].add_(d_out.sum(0), alpha=sign)
+
+        aten = torch.ops.aten
+        for part in _parts(rows):
+            x_part, d_out = rows[part], grad[part]
+            both, mixed, hidden = _hidden(x_part, weights)
+            add(4, d_out, hidden)
+            d_hidden = aten.leaky_relu_backward(d_out @ w_out, hidden, _SLOPE, True)
+            add(2, d_hidden, mixed)
+            d_mixed = d_hidden @ w_in
+            if both is not None:
+                gate, transformed = both.chunk(2, -1)
+                d_both = torch.empty_like(both)
+                d_gate, d_transformed = d_both.chunk(2, -1)
+                aten.sigmoid_backward((transformed - x_part).mul_(d_mixed), gate, grad_input=d_gate)
+                through = d_mixed * gate
+                aten.threshold_backward(through, transformed, 0, grad_input=d_transformed)
+                add(0, d_both, x_part)
+                d_mixed = d_mixed.sub_(through).addmm_(d_both, w_both) if d_rows is not None else d_mixed
+            if d_rows is not None:
+                d_rows[part] = d_mixed
+        return (
+            None if d_rows is None else d_rows.view(x.shape),
+            None,
+            *(s if needed else None for s, needed in zip(sums, ctx.needs_input_grad[2:], strict=True)),
+        )
+
+
+def _parts(rows: Tensor) -> list[slice]:
+    return [slice(i, i + _TOKENS) for i in range(0, rows.shape[0], _TOKENS)]
+
+
+def _hidden(x: Tensor, weights: Any) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The highway's gate and transformed input side by side, what it mixes, the hidden layer after its LeakyReLU."""
+    w_both, b_both, w_in, b_in = weights[:4]
+    both, mixed = None, x
+    if w_both is not None:
+        both = torch.addmm(b_both, x, w_both.t())
+        gate, transformed = both.chunk(2, -1)
+        mixed = torch.lerp(x, transformed.relu_(), gate.sigmoid_())
+    return both, mixed, F.leaky_relu_(torch.addmm(b_in, mixed, w_in.t()), _SLOPE)
+
+
+_NETWORKS = (Discriminator, Navigator, Critic)
