@@ -144,7 +144,7 @@ class _Narrow(torch.autograd.Function):
     """outer(leaky_relu(inner(highway(x)))) [..., D] -> [..., out], or [...] where out is 1; the highway may be None."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, adversary: bool, *weights: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, adversary: bool, *weights: Any) -> Tensor:
         ctx.save_for_backward(x, *weights)
         ctx.adversary = adversary
         rows = x.reshape(-1, x.shape[-1])
@@ -162,7 +162,7 @@ class _Narrow(torch.autograd.Function):
         w_both, _, w_in, _, w_out, _ = weights
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, w_out.shape[0])
         d_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        sums = [None if w is None else torch.zeros_like(w) for w in weights]
+        sums: list[Any] = [None if w is None else torch.zeros_like(w) for w in weights]
         sign = -1.0 if ctx.adversary else 1.0
 
         def add(index: int, d_out: Tensor, inputs: Tensor) -> None:
