@@ -22,9 +22,13 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer
 
-import attnpatch
-from attnpatch.atomic import write_json
-from attnpatch.environment import LIBRARIES, versions
+try:
+    import attnpatch
+    from attnpatch.atomic import write_json
+    from attnpatch.environment import LIBRARIES, versions
+except ImportError as error:  # an unsupported torch or transformers
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 SPECS = ("neural", "linear", "expressive", "polynomial", "elu", "top_r", "value_aware", "query_value", "alignment")
 COMPOSED = "neural+expressive+alignment"

@@ -226,6 +226,9 @@ def test_errors_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "too short for the delay 9" in fails("task.delays=[9]")
     assert "whole number of at least 2" in fails("task.bases=[1]")
     assert "names each number once" in fails("task.bases=[[2,2]]")
+    for words in (["task.bases=[2,3,2]"], ["task.delays=[2,[2,3],[3,2]]"], ["seeds=[1,1]"], ["specs=[stock,stock]"]):
+        message = fails(*words)
+        assert f"{words[0].partition('=')[0]} has an item twice" in message
     assert "did you mean 'expressive'" in fails("specs=[expresive]")
     assert "max_steps" in fails("training.max_steps=null")
 

@@ -74,6 +74,7 @@ class SequencesConfig(ScriptConfig):
         for name in ("specs", "seeds"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty: name at least one")
+            _once(name, [repr(item) for item in getattr(self, name)])
         for cell in self.cells():
             if cell.scored_from + 1 > self.task.length:
                 raise ConfigError(
@@ -88,6 +89,8 @@ class SequencesConfig(ScriptConfig):
         delays = [_numbers("task.delays", item, 1) for item in self.task.delays]
         if not bases or not delays:
             raise ConfigError("task.bases and task.delays must each name at least one number")
+        for name, items in (("task.bases", bases), ("task.delays", delays)):
+            _once(name, [sorted(item) for item in items])
         return [Cell(base, delay) for base in bases for delay in delays]
 
 
@@ -97,6 +100,13 @@ class CellConfig(RunConfig):
 
     training: CommonTraining = field(default_factory=CommonTraining)
     output: OutputConfig = field(default_factory=OutputConfig)
+
+
+def _once(key: str, items: list[Any]) -> None:
+    """Raises ConfigError when something stands in a list twice: it would be trained once and counted twice."""
+    for number, item in enumerate(items):
+        if item in items[:number]:
+            raise ConfigError(f"{key} has an item twice (number {number + 1}): name each once")
 
 
 def _numbers(key: str, item: Any, low: int) -> tuple[int, ...]:

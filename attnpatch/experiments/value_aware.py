@@ -34,6 +34,7 @@ from attnpatch.training.lm_modeling import FAMILIES, check_block_size
 from attnpatch.training.losses import token_loss
 from attnpatch.training.modeling import checkpoint_errors
 from attnpatch.training.results import count_parameters, write_results
+from attnpatch.training.run_folder import check_folder
 from attnpatch.training.runs import speaker
 from attnpatch.training.text import LineText, load_text, merge_text
 
@@ -91,6 +92,7 @@ def run(config: ValueAwareConfig) -> dict[str, Any]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     out = Path(config.output.dir)
+    check_folder("output.dir", out)
     say = speaker(config.output.quiet, True)
     text = merge_text(load_text(config.data, "test"), "test")
     models = []

@@ -27,6 +27,7 @@ from attnpatch.training.files import sha256_file
 from attnpatch.training.grammar import SYNTHETIC_NOTICE, write_corpus
 from attnpatch.training.marian import run
 from attnpatch.training.metrics import score_translations
+from attnpatch.training.run_folder import check_folder
 from attnpatch.training.runs import use_bf16
 from attnpatch.training.tokenizer import encode, load_tokenizer
 
@@ -183,6 +184,7 @@ class Demo:
     def __init__(self, config: DemoConfig) -> None:
         self.config = config
         self.out = Path(config.output)
+        check_folder("output", self.out)
         self.started = time.perf_counter()
         self.marian = copy.deepcopy(config.base)
         self.marian.data.dir = str(self.out / "corpus")

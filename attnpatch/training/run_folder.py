@@ -10,7 +10,7 @@ from typing import Any
 from attnpatch.atomic import write_json
 from attnpatch.training.checkpoints import checkpoints, last_complete, read_record
 from attnpatch.training.distribution import hold, on_main
-from attnpatch.training.errors import TrainingError
+from attnpatch.training.errors import ConfigError, TrainingError
 from attnpatch.training.files import read_json
 
 RUN_FILE = "run.json"
@@ -61,6 +61,15 @@ def resume_point(config: Any, out: Path, known_as: dict[str, Any], state: Any) -
 
     on_main(state, begin)
     return checkpoint
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """Raises ConfigError when a file stands where the folder of the setting `key` is to be, or on the way to it."""
+    for place in (folder, *folder.parents):
+        if place.is_dir():
+            return
+        if place.exists():
+            raise ConfigError(f"{key}={folder}: {place} is a file, not a folder; choose another {key}")
 
 
 def may_go_on(config: Any, out: Path, known_as: dict[str, Any], holds: bool) -> bool:

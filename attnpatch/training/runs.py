@@ -24,7 +24,7 @@ from attnpatch.training.modeling import hub_arguments
 from attnpatch.training.pretrained import checkpoint_path
 from attnpatch.training.results import count_parameters, write_results
 from attnpatch.training.run_config import CommonTraining
-from attnpatch.training.run_folder import PAUSED_FILE
+from attnpatch.training.run_folder import PAUSED_FILE, check_folder
 
 Say = Callable[[str], None]
 
@@ -43,6 +43,7 @@ class Run:
 def start_run(config: Any) -> Run:
     """Sets the process up for the run of a config with `training` and `output`."""
     started = time.perf_counter()
+    check_folder("output.dir", Path(config.output.dir))
     prepare_process(config.training)
     state = process_state(config.training)
     return Run(config, started, state, Path(config.output.dir), speaker(config.output.quiet, state.is_main_process))

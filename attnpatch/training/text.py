@@ -104,7 +104,8 @@ def _missing(config: TextConfig, entry: str, path: Path) -> str:
     elif path.parent.is_dir():
         guess = nearest(path.name, [p.name for p in path.parent.iterdir()])
         message += f"; did you mean {guess!r}?" if guess else ""
-    message += ". Set the folder with data.dir=PATH or the environment variable ATTNPATCH_DATA"
+    message += "" if message.endswith("?") else "."
+    message += " Set the folder with data.dir=PATH or the environment variable ATTNPATCH_DATA"
     return message + (f". What provides it: {' '.join(config.about.split())}" if config.about else "")
 
 
