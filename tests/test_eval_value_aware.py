@@ -193,6 +193,7 @@ def test_errors_are_sentences(data: Path, tokenizer: Any, tmp_path: Path, capsys
     assert "cannot be exchanged" in fails(f"models=[{plain}]", "kernels=[softmax]", "blocks=2")
 
 
-def test_config_loads() -> None:
-    config = load_config(ValueAwareConfig, CONFIGS / "value-aware.yaml", ["models=[a]"])
+@pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
+def test_config_loads(scale) -> None:
+    config = load_config(ValueAwareConfig, CONFIGS / f"value-aware-{scale}.yaml", ["models=[a]"])
     assert config.r[-1] == "D+1"
