@@ -169,6 +169,13 @@ def test_other_kernels_for_a_softmax_model_and_the_report(data: Path, tokenizer:
     document = write_report([tmp_path / "out"], tmp_path / "report")
     metrics = document["experiments"]["value_aware masked"]["metrics"]
     assert {"exact: loss", "top_r r=2: loss", "centered r=2: output error"} <= metrics.keys()
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    for model in results["models"]:
+        row = next(row for row in model["rows"] if row["method"] == "centered")
+        assert f"{model['kernel']}, masked: exact perplexity {model['exact']['perplexity']:.4g} over" in text
+        assert f"| perplexity | weight x distance | {row['perplexity']:.4g} |" in text
+        assert f"| output error | weight x distance | {row['output_error']:.3f} |" in text
+    assert (tmp_path / "report" / "value_aware-masked-sweep.svg").stat().st_size > 1000
 
 
 def test_errors_are_sentences(data: Path, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,6 +244,9 @@ def test_a_grid_of_sequences(tmp_path: Path) -> None:
             "spec": spec,
             "seed": seed,
             "cell": name,
+            "bases": [int(name[1])],
+            "delays": [2],
+            "chance": 1 / int(name[1]),
             "accuracy": accuracy,
             "parameters": {"trainable": 10},
             "train": [{"step": 1, "loss": 1.0}],
@@ -259,8 +262,9 @@ def test_a_grid_of_sequences(tmp_path: Path) -> None:
         for name, accuracy in zip(("N2-tau2", "N4-tau2"), pair, strict=True)
     ]
     data = {"test": [{"name": "N2-tau2", "files": [{"sha256": "a"}]}]}
+    tree = {"experiment": "sequences", "specs": ["stock", "expressive(scale=1.0)"], "cells": cells, "data": data}
     path = tmp_path / "results.json"
-    path.write_text(json.dumps({"experiment": "sequences", "cells": cells, "data": data, "config": {}}))
+    path.write_text(json.dumps(tree | {"config": {}}))
     runs = load_runs([path])
     means = {(run.variant, run.seed): run.scores[Metric("mean of the grid", "accuracy")] for run in runs}
     assert means["stock", 1] == pytest.approx(0.5)
@@ -269,6 +273,10 @@ def test_a_grid_of_sequences(tmp_path: Path) -> None:
     row = document["experiments"]["sequences"]["metrics"]["mean of the grid: accuracy"]["rows"][1]
     assert row["against"]["mean"] == pytest.approx(((0.9 - 0.5) + (0.75 - 0.6)) / 2)
     assert row["against"]["better"] == 2
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "| base N | delay tau | chance | stock | expressive(scale=1.0) |" in text
+    assert "| 2 | 2 | 0.500 | 0.450 | 0.700 |\n| 4 | 2 | 0.250 | 0.650 | 0.950 |" in text
+    assert (tmp_path / "out" / "sequences-accuracy.png").stat().st_size > 1000
 
 
 def test_other_data_in_another_folder_is_another_section(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ class Run:
     environment: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, Path] = field(default_factory=dict)  # test -> BLEU's counts, sentence by sentence
     reliability: list[dict[str, Any]] = field(default_factory=list)  # of the dev set: bins of confidence
+    details: Mapping[str, Any] = field(default_factory=dict)  # of a grid or a sweep: what it shows beside
     label: str = ""  # the variant with the settings in which it differs from most other runs
 
     @property
@@ -230,6 +231,7 @@ def _sequence_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
                 {},
                 {"training loss": curve} if curve else {},
                 _environment(data),
+                details=data,
             )
         )
     return runs
@@ -258,6 +260,7 @@ def _value_aware_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
                 {"exact": {"predicted_tokens": model["exact"]["predicted_tokens"]}},
                 {},
                 _environment(data),
+                details=model,
             )
         )
     return runs

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from attnpatch import figures
 from attnpatch.atomic import write_json, write_text
-from attnpatch.experiments import bootstrap
+from attnpatch.experiments import bootstrap, sequences_report, value_aware_report
 from attnpatch.experiments.bootstrap import Bootstrap
 from attnpatch.experiments.classification.metrics import draw_reliability, pooled
 from attnpatch.experiments.records import STOCK, Metric, Run, find_results, group, load_runs, metrics_of
@@ -190,6 +190,7 @@ def _markdown(sections: Sequence[Section]) -> str:
             lines += _bootstrap_table(rows)
         if len(shown) < len(tables):
             lines += [f"{len(tables) - len(shown)} more metrics are in report.json.", ""]
+        lines += _details_tables(section)
         lines += [f"![{name}]({name}.png)" for name in section.figures] + [""]
     return "\n".join(lines)
 
@@ -238,6 +239,18 @@ def _bootstrap_table(rows: Sequence[Row]) -> list[str]:
     return [*lines, ""]
 
 
+def _details_tables(section: Section) -> list[str]:
+    experiment = section.runs[0].experiment.split()[0]
+    lines: list[str] = []
+    if experiment == "sequences":
+        for end, details in _grids(section):
+            lines += [f"### Accuracy, cell by cell{end and f' ({end[1:]})'}", "", *sequences_report.table(details), ""]
+    elif experiment == "value_aware":
+        lines += ["### Against the number of keys, r", ""]
+        lines += [line for run in section.runs if run.details for line in value_aware_report.table(run.details)]
+    return lines
+
+
 def _cells(row: Row) -> list[str]:
     cells = [
         row.variant,
@@ -257,7 +270,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _draw(section: Section, out: Path) -> list[str]:
-    names = []
+    names = _draw_details(section, out)
     for kind in ("dev loss", "training loss"):
         if any(run.curves.get(kind) for run in section.runs):
             name = f"{section.slug}-{kind.replace(' ', '-')}"
@@ -273,6 +286,27 @@ def _draw(section: Section, out: Path) -> list[str]:
         name = f"{section.slug}-parameters"
         _against_parameters(metric, rows, out / name)
         names.append(name)
+    return names
+
+
+def _grids(section: Section) -> list[tuple[str, Mapping[str, Any]]]:
+    """The grids of a section, each once, and what to put behind their names."""
+    found = {run.path: run.details for run in section.runs if run.details}
+    return [(f"-{Path(path).parent.name}" if len(found) > 1 else "", details) for path, details in found.items()]
+
+
+def _draw_details(section: Section, out: Path) -> list[str]:
+    """What a grid or a sweep shows beside its scores."""
+    experiment = section.runs[0].experiment.split()[0]
+    names = []
+    if experiment == "sequences":
+        for end, details in _grids(section):
+            names.append(f"{section.slug}-accuracy{end}")
+            sequences_report.draw(details, out / names[-1])
+    sweeps = [run.details for run in section.runs if run.details]
+    if experiment == "value_aware" and sweeps:
+        names.append(f"{section.slug}-sweep")
+        value_aware_report.draw(sweeps, out / names[-1])
     return names
 
 

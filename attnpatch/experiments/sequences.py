@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 import statistics
 import time
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from attnpatch import figures
 from attnpatch.atomic import write_json
 from attnpatch.environment import machine, versions
-from attnpatch.experiments.sequence_tasks import Cell, batch_of, ceiling, label, nt_sequences, scored_labels
+from attnpatch.experiments.sequence_tasks import Cell, batch_of, ceiling, nt_sequences, scored_labels
 from attnpatch.experiments.sequences_config import CellConfig, SequencesConfig
+from attnpatch.experiments.sequences_report import draw
 from attnpatch.spec import AttentionSpec
 from attnpatch.training.batching import IGNORE, SentenceBatchSampler
 from attnpatch.training.blocks import generator_for
@@ -169,7 +168,7 @@ def run(config: SequencesConfig) -> dict[str, Any]:
             f"parameters, {record['seconds']['train']:.1f} s"
         )
     results = _describe(config, specs, records)
-    draw(results, out)
+    draw(results, out / "accuracy")
     say(f"results: {write_results(out, results)}")
     return results
 
@@ -316,55 +315,3 @@ def _describe(config: SequencesConfig, specs: Sequence[AttentionSpec], records: 
         },
         "config": config.as_dict(),
     }
-
-
-def draw(results: dict[str, Any], out: Path) -> list[Path]:
-    """accuracy.png and accuracy.svg: a heat map for each spec, side by side; means over seeds."""
-    plt = figures.pyplot()
-    records = results["cells"]
-    rows = list(dict.fromkeys(tuple(record["bases"]) for record in records))
-    columns = list(dict.fromkeys(tuple(record["delays"]) for record in records))
-    names = results["specs"]
-    figure, panels = plt.subplots(
-        1,
-        len(names),
-        figsize=(1.6 + len(names) * max(0.75 * len(columns), 2.2), 1.6 + 0.55 * len(rows)),
-        layout="constrained",
-        squeeze=False,
-    )
-    image = None
-    for panel, name in zip(panels[0], names, strict=True):
-        grid = [[math.nan] * len(columns) for _ in rows]
-        for i, bases in enumerate(rows):
-            for j, delays in enumerate(columns):
-                found = _accuracies(records, name, bases, delays)
-                if not found:
-                    continue
-                grid[i][j] = statistics.fmean(found)
-                text = f"{grid[i][j]:.2f}" + (f"\n\u00b1{statistics.stdev(found):.2f}" if len(found) > 1 else "")
-                dark = grid[i][j] < 0.6
-                panel.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-        image = panel.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        counts = sorted({r["parameters"]["trainable"] for r in records if _name(r) == name})
-        span = f"{counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "")
-        panel.set_title(f"{'softmax (stock)' if name == 'stock' else name}\n{span} parameters", fontsize=9)
-        panel.set_xticks(range(len(columns)), [label(delays) for delays in columns])
-        panel.set_yticks(range(len(rows)), [label(bases) for bases in rows])
-        panel.set_xlabel("delay tau")
-    panels[0][0].set_ylabel("base N")
-    figure.colorbar(image, ax=panels[0].tolist(), label="next-symbol accuracy")
-    return figures.save(figure, out / "accuracy")
-
-
-def _name(record: dict[str, Any]) -> str:
-    return "stock" if record["spec"] == "stock" else str(AttentionSpec.from_dict(record["spec"]))
-
-
-def _accuracies(
-    records: list[dict[str, Any]], name: str, bases: tuple[int, ...], delays: tuple[int, ...]
-) -> list[float]:
-    return [
-        record["accuracy"]
-        for record in records
-        if _name(record) == name and tuple(record["bases"]) == bases and tuple(record["delays"]) == delays
-    ]

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import attnpatch
-from attnpatch import figures
 from attnpatch.environment import available_cpus, machine, versions
 from attnpatch.experiments.value_aware_config import EXACT, ValueAwareConfig
+from attnpatch.experiments.value_aware_report import draw
 from attnpatch.functional import top_r_weights, value_aware_weights
 from attnpatch.pipeline import AttentionPipeline, pipeline_of
 from attnpatch.registry import find_sites
@@ -37,8 +37,6 @@ from attnpatch.training.results import count_parameters, write_results
 from attnpatch.training.run_folder import check_folder
 from attnpatch.training.runs import speaker
 from attnpatch.training.text import LineText, load_text, merge_text
-
-LABELS = {"top_r": "top-r (OVO)", "norm": "weight x norm", "centered": "weight x distance", "oracle": "oracle (OVA)"}
 
 
 class OutputErrors(SelectStage):
@@ -121,7 +119,7 @@ def run(config: ValueAwareConfig) -> dict[str, Any]:
         "data": {"test": [{"name": text.name, "lines": len(text), "files": text.files}]},
         "config": config.as_dict(),
     }
-    draw(results, out)
+    draw(models, out / "value-aware")
     say(f"results: {write_results(out, results)}")
     return results
 
@@ -244,36 +242,3 @@ def _loss(config: ValueAwareConfig, model: Any, data: FixedBlocks) -> float:
         total += float(token_loss(model(**batch).logits, labels, 0.0))
         count += int((labels != IGNORE).sum())
     return total / count
-
-
-def draw(results: dict[str, Any], out: Path) -> list[Path]:
-    """value-aware.png and .svg: for each model a column, perplexity above and output error below, against r."""
-    plt = figures.pyplot()
-    models = results["models"]
-    figure, panels = plt.subplots(
-        2, len(models), figsize=(3.2 * len(models) + 1, 6), layout="constrained", squeeze=False, sharex="col"
-    )
-    for column, model in enumerate(models):
-        for key, axes in zip(("perplexity", "output_error"), panels[:, column], strict=True):
-            for i, method in enumerate(dict.fromkeys(row["method"] for row in model["rows"])):
-                rows = [row for row in model["rows"] if row["method"] == method]
-                axes.plot(
-                    [row["r"] for row in rows],
-                    [row[key] for row in rows],
-                    color=figures.COLORS[(i + 1) % len(figures.COLORS)],
-                    marker=figures.MARKERS[i % len(figures.MARKERS)],
-                    markersize=4,
-                    label=LABELS[method],
-                )
-            figures.plain(axes).set_xscale("log", base=2)
-            ticks = sorted({row["r"] for row in model["rows"]})
-            axes.set_xticks(ticks, [str(r) for r in ticks], fontsize=7)
-        upper, lower = panels[:, column]
-        upper.axhline(model["exact"]["perplexity"], color="black", linestyle=":", label="exact attention")
-        upper.set_yscale("log")
-        upper.set_title(f"{model['kernel']}, {model['objective']}\nD = {model['head_dim']}", fontsize=9)
-        lower.set_xlabel("keys kept, r")
-    panels[0][0].set_ylabel("perplexity")
-    panels[1][0].set_ylabel("output error ||o - o~|| / ||o||")
-    panels[0][0].legend(frameon=False, fontsize=8)
-    return figures.save(figure, out / "value-aware")
