@@ -275,14 +275,19 @@ def report(
     output: Annotated[Path, typer.Option("--output", help="Folder for report.md, report.json and figures.")] = Path(
         "report"
     ),
+    page: Annotated[
+        Path | None, typer.Option("--markdown", metavar="PAGE", help="Write the tables of this page anew as well.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare training runs: means over seeds, paired tests against stock, figures."""
-    from attnpatch.experiments.report import write_report
+    from attnpatch.experiments.report import write_page, write_report
     from attnpatch.training.extra import REPORT, require
 
     require(REPORT)
     found = write_report(results, output)
+    if page is not None:
+        write_page(page, found)
     if as_json:
         _print_json(found)
         return

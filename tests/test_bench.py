@@ -200,7 +200,7 @@ def test_a_marker_takes_its_own_devices_table() -> None:
     [
         ("<!-- table summary -->\nwords\n<!-- table toolkit.idle -->\n<!-- end -->\n", "line 1 of the page"),
         ("<!-- table summary -->\n<!-- end -->\nwords\n<!-- table toolkit.idle -->\n", "line 4 of the page"),
-        ("<!-- table no name -->\n<!-- end -->\n", "line 1 of the page"),
+        ("<!-- table no name -->\n<!-- end -->\n", "unknown table 'no name'"),
         ("words\n", "no marker"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 
 from attnpatch.cli import main
 from attnpatch.experiments.records import Metric, ReportError, find_results, group, load_runs
-from attnpatch.experiments.report import write_report
+from attnpatch.experiments.report import write_page, write_report
 from attnpatch.experiments.statistics import compare, summary
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -211,6 +211,32 @@ def test_a_real_file_of_train_marian(tmp_path: Path) -> None:
     assert row["mean"] == pytest.approx(38.5179)
     assert row["parameters"] == 4977664
     assert row["against"] is None
+
+
+def test_tables_of_a_page_are_written_anew(tmp_path: Path) -> None:
+    document = write_report(put(tmp_path, result(), result("neural", value=19.0)), tmp_path / "out")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table mlm / test: perplexity -->\nold\n<!-- end -->\nafter\n")
+    write_page(page, document)
+    text = page.read_text()
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "| neural |" in text
+    assert "-1 | 1 of 1 | no test |" in text
+    write_page(page, document)
+    assert page.read_text() == text
+    for words, message in (
+        ("<!-- table mlm / test: perplexiti -->\n<!-- end -->\n", "did you mean 'mlm / test: perplexity'"),
+        ("<!-- table mlm / test: perplexity -->\n", "line 1 of the page"),
+        ("nothing", "no marker"),
+    ):
+        page.write_text(words)
+        with pytest.raises(ReportError, match=message):
+            write_page(page, document)
+        assert page.read_text() == words
+    with pytest.raises(ReportError, match="cannot be read"):
+        write_page(tmp_path / "nowhere.md", document)
 
 
 def test_the_repositorys_own_runs(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnpatch import pages
 from attnpatch.bench.targets import aim_text, inverse, summarise
 from attnpatch.bench.timing import BenchmarkError
 from attnpatch.errors import one_line, unknown
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DEVICES = ("cpu", "cuda")
-_OPENED = re.compile(r"<!-- table .*")
-# A marker that is not closed must not reach for the end of the next table: the page between would be lost.
-_MARKED = re.compile(r"(<!-- table (?:(\w+):)?([\w.]+) -->\n)(?:(?!<!-- table ).)*?(<!-- end -->)", re.DOTALL)
 _RATES = ("value_aware.exact", "training.marian")
 """Parts whose tables show the peer's time over ours: times the peer's rate."""
 _METRICS = {
@@ -180,27 +178,17 @@ def filled(page: str, tables: Mapping[str, Mapping[str, str]]) -> str:
     Raises:
         BenchmarkError: it has no marker, one that is not closed, or one of no device or benchmark.
     """
-    closed = {match.start() for match in _MARKED.finditer(page)}
-    for opened in _OPENED.finditer(page):
-        if opened.start() not in closed:
-            line = 1 + page.count("\n", 0, opened.start())
-            raise BenchmarkError(
-                f"line {line} of the page, {opened[0]!r}, opens no table: its form is <!-- table [DEVICE:]NAME -->, "
-                "alone on its line, with <!-- end --> behind it and before the next table"
-            )
-    if not closed:
-        raise BenchmarkError("the page has no marker <!-- table [DEVICE:]NAME --> to write a table behind")
     known = _known()
 
-    def table(match: re.Match[str]) -> str:
-        device, name = match[2] or "cpu", match[3]
-        if device not in DEVICES:
+    def table(marker: str) -> str:
+        device, _, name = marker.rpartition(":")
+        if device and device not in DEVICES:
             raise BenchmarkError(unknown("device", device, DEVICES))
         if name not in known:
             raise BenchmarkError(unknown("table", name, known))
-        return match[1] + tables.get(device, {}).get(name, "Not measured yet.\n") + match[4]
+        return tables.get(device or "cpu", {}).get(name, "Not measured yet.\n")
 
-    return _MARKED.sub(table, page)
+    return pages.filled(page, table, BenchmarkError, "[DEVICE:]NAME")
 
 
 def _known() -> set[str]:

@@ -9,16 +9,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attnpatch import figures
+from attnpatch import figures, pages
 from attnpatch.atomic import write_json, write_text
+from attnpatch.errors import nearest, one_line
 from attnpatch.experiments import bootstrap, sequences_report, value_aware_report
 from attnpatch.experiments.bootstrap import Bootstrap
 from attnpatch.experiments.classification.metrics import draw_reliability, pooled
-from attnpatch.experiments.records import STOCK, Metric, Run, find_results, group, load_runs, metrics_of
+from attnpatch.experiments.records import STOCK, Metric, ReportError, Run, find_results, group, load_runs, metrics_of
 from attnpatch.experiments.statistics import TEST, Comparison, compare, summary
 
 MANY_METRICS = 12
 """Beyond so many (the cells of a grid), only the first has a table; all are in report.json."""
+
+
+DETAILS = {"sequences": "Accuracy, cell by cell", "value_aware": "Against the number of keys, r"}
+"""Experiments with a table and a figure of their own."""
 
 
 @dataclass
@@ -87,10 +92,43 @@ def write_report(paths: Iterable[str | Path], output: str | Path) -> dict[str, A
         "bootstrap": bootstrap.TEST,
         "files": [str(path) for path in files],
         "experiments": {section.experiment: _to_dict(section) for section in sections},
+        "tables": {name: table for section in sections for name, table in _tables(section).items()},
     }
     write_text(out / "report.md", _markdown(sections))
     write_json(out / "report.json", document, default=str)
     return document
+
+
+def write_page(page: Path, document: Mapping[str, Any]) -> None:
+    """Writes the tables of a Markdown page anew from what `write_report` returned.
+
+    A table is marked by `<!-- table EXPERIMENT / METRIC -->` and `<!-- end -->`, with the names of report.md; the
+    metric `details` is a grid's or a sweep's own table. Raises ReportError for a page that cannot be read, a marker
+    that is not closed, and a name that no table has.
+    """
+    tables = document["tables"]
+
+    def table(name: str) -> str:
+        if name not in tables:
+            guess = nearest(name, list(tables))
+            hint = f"; did you mean {guess!r}?" if guess else "."
+            raise ReportError(f"the page {page} asks for {name!r}, which is no table{hint} All are in report.json")
+        return str(tables[name])
+
+    try:
+        text = page.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"the page {page} cannot be read: {one_line(error)}") from error
+    write_text(page, pages.filled(text, table, ReportError, "EXPERIMENT / METRIC"))
+
+
+def _tables(section: Section) -> dict[str, str]:
+    """The section's tables as Markdown, by "EXPERIMENT / METRIC"."""
+    found = {str(metric): [*_table(rows), "", *_bootstrap_table(rows)] for metric, rows in section.tables.items()}
+    details = _details_tables(section)
+    if details:
+        found["details"] = details
+    return {f"{section.experiment} / {name}": "\n".join(lines).rstrip() + "\n" for name, lines in found.items()}
 
 
 def _rows(runs: Sequence[Run], metric: Metric) -> list[Row]:
@@ -190,7 +228,9 @@ def _markdown(sections: Sequence[Section]) -> str:
             lines += _bootstrap_table(rows)
         if len(shown) < len(tables):
             lines += [f"{len(tables) - len(shown)} more metrics are in report.json.", ""]
-        lines += _details_tables(section)
+        details = _details_tables(section)
+        if details:
+            lines += [f"### {DETAILS[section.runs[0].experiment.split()[0]]}", "", *details]
         lines += [f"![{name}]({name}.png)" for name in section.figures] + [""]
     return "\n".join(lines)
 
@@ -244,9 +284,9 @@ def _details_tables(section: Section) -> list[str]:
     lines: list[str] = []
     if experiment == "sequences":
         for end, details in _grids(section):
-            lines += [f"### Accuracy, cell by cell{end and f' ({end[1:]})'}", "", *sequences_report.table(details), ""]
+            lines += [f"{end[1:]}:", ""] if end else []
+            lines += [*sequences_report.table(details), ""]
     elif experiment == "value_aware":
-        lines += ["### Against the number of keys, r", ""]
         lines += [line for run in section.runs if run.details for line in value_aware_report.table(run.details)]
     return lines
 
