@@ -319,7 +319,6 @@ def bench(
     """Measure what attention and training cost here, as ratios against named peers."""
     from attnpatch.bench import Settings, run, tables
     from attnpatch.bench.plot import draw
-    from attnpatch.bench.targets import summarise
     from attnpatch.environment import available_cpus
     from attnpatch.errors import SpecError, unknown
 
@@ -346,7 +345,7 @@ def bench(
         settings = Settings(repeats or 5, threads or available_cpus(), device, data, say)
         files += run(names or (), settings, output)
         files += [*tables.write(output, device), *draw(output, device)]
-    targets = summarise(tables.load(output, device), device)
+    targets = tables.held_against_aims(output, device)
     if as_json:
         _print_json({"files": [str(path) for path in files], "targets": targets})
         return
@@ -371,7 +370,7 @@ def bench_gpu(
     """Check every kernel on a CUDA device, then measure the most important ratios first, within a time budget."""
     if dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-    from attnpatch.bench import gpu
+    from attnpatch.bench import gpu, tables
     from attnpatch.bench.timing import BenchmarkError, Settings
     from attnpatch.environment import available_cpus
 
@@ -381,9 +380,13 @@ def bench_gpu(
 
     settings = Settings(1 if dry_run else repeats, available_cpus(), "cpu" if dry_run else "cuda", data, say)
     path, failed = gpu.run(settings, output, budget_minutes, dry_run)
-    say(f"written: {path}")
+    files = [path] if dry_run else [path, *tables.write(output, "cuda")]
+    if not as_json and not dry_run:
+        _out().print(tables.terminal(tables.held_against_aims(output, "cuda")))
+    for file in files:
+        say(f"written: {file}")
     if as_json:
-        _print_json({"files": [str(path)], "failed": failed, "unchecked": "check" in failed})
+        _print_json({"files": [str(file) for file in files], "failed": failed, "unchecked": "check" in failed})
     if "check" in failed:
         # Not only bad luck with a stage: what was timed after it may be wrong.
         if not as_json:

@@ -367,6 +367,54 @@ def test_one_real_part(tmp_path: Path) -> None:
     assert found["measured"].get("commit") == environment.code_commit()
 
 
+def test_a_gpu_session_is_held_against_the_aims(tmp_path: Path) -> None:
+    def ratio(median: float) -> dict[str, Any]:
+        return {"median": median, "min": median - 0.1, "max": median + 0.1, "n": 7}
+
+    row = {"auto": {"forward": {"ratio_over_best": 0.9}, "both": {"ratio_over_best": 1.2}, "memory": 1.01}}
+    worse = {"auto": {"forward": {"ratio_over_best": 0.95}, "both": {"ratio_over_best": 0.8}, "memory": 1.0}}
+    other = {"auto": {"memory": 9.0}}
+    session = {
+        "check": {"cases": []},
+        "operator": {
+            "bfloat16, T = 512": row,
+            "bfloat16, T = 4096": worse,
+            "float32, T = 512": other,
+        },
+        "steps": {
+            "alignment gan, RoBERTa, T = 128": {"ratio": ratio(1.05)},
+            "alignment gan, Marian, T = 32": {"ratio": ratio(3.0)},
+            "neural, RoBERTa, T = 128": {"ratio": ratio(1.6), "time_ratio_over_flops_ratio": ratio(1.2)},
+        },
+        "layer": {"query_value, T = 512": {"ratio": ratio(2.0)}},
+        "solver": {"sharpness 1.0": {"ratio": ratio(0.5)}},
+    }
+    path = tmp_path / "gpu-cuda.json"
+    path.write_text(json.dumps(session))
+    found = {row["target"]: row for row in tables.held_against_aims(tmp_path, "cuda")}
+    measured = {name: (row["measured"]["median"], row["reached"]) for name, row in found.items() if row["measured"]}
+    assert measured == {
+        "expressive attention, T >= 512, forward": (0.95, True),
+        "expressive attention, T >= 512, forward + backward": (1.2, False),
+        "expressive attention, T >= 512, inputs and outputs included": (1.01, True),
+        "alignment (gan) training step, T = 128": (1.05, True),
+        "neural training step, over the ratio of the FLOPs": (1.2, False),
+        "query_value layer, T = 512, forward + backward": (2.0, True),
+        "value_aware exact optimum, r = D + 1": (2.0, False),
+    }
+    assert "1.20" in tables.of_devices(tmp_path)["cuda"]["summary"]
+    # What was timed with kernels that are wrong is held against nothing.
+    path.write_text(json.dumps(session | {"check": {"failed": "wrong"}}))
+    assert not any(row["measured"] for row in tables.held_against_aims(tmp_path, "cuda"))
+
+
+def test_every_aim_of_a_gpu_has_its_place_in_the_session() -> None:
+    stages = set(gpu.STAGES)
+    for target in targets.TARGETS:
+        assert (target.cuda is None) == (not target.session), target.name
+        assert not target.session or target.session[0] in stages
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_gpu_session_on_a_cpu(tmp_path: Path) -> None:

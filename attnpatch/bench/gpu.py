@@ -4,6 +4,7 @@ check     every form of the Triton kernels against the plain form in float64, ou
 operator  expressive attention, D = 64, over F.scaled_dot_product_attention and its best backend; plain, FlexAttention
 roberta   a RoBERTa-base training step at T = 512 in bf16, expressive over stock: time and memory
 steps     a training step of neural, alignment and query_value models over stock
+layer     the query_value attention layer at T = 512 in bf16 over the stock one, forward and backward
 solver    the exact value-aware solver over scipy's non-negative least squares
 marian    Marian training and decoding over transformers' own loops
 
@@ -369,7 +370,7 @@ def _with_triton(session: Session) -> Iterator[None]:
 def _step(session: Session, label: str, architecture: tuple[type, Any], spec: Any, batch: int, tokens: int) -> None:
     import torch
 
-    from attnpatch.bench.steps import step
+    from attnpatch.bench.steps import matmul_flops, step
 
     settings = session.settings
     stock = step(architecture, None, batch, tokens, settings.device, bf16=True)
@@ -381,6 +382,11 @@ def _step(session: Session, label: str, architecture: tuple[type, Any], spec: An
     peaks = [peak_bytes(run, settings.device) for run in (ours, stock)]
     held = 0 if settings.device == "cpu" else torch.cuda.memory_allocated() / 2
     timed["memory"] = {"ratio": (peaks[0] + held) / (peaks[1] + held), "peak_bytes": peaks}
+    if spec == "neural":
+        flops = [matmul_flops(run.model, batch, tokens) for run in (ours, stock)]
+        timed["flops_ratio"] = flops[0] / flops[1]
+        over = {key: value if key == "n" else value / timed["flops_ratio"] for key, value in timed["ratio"].items()}
+        timed["time_ratio_over_flops_ratio"] = over
     session.results.setdefault("roberta" if "base" in label else "steps", {})[label] = timed
     session.settings.say(f"{label}: {timed['ratio']['median']:.3f} times the stock step")
     session.write()
@@ -420,6 +426,24 @@ def steps(session: Session) -> None:
                 _step(session, f"{word}, {model}, T = {length}", architecture, spec, rows, length)
 
 
+def layer(session: Session) -> None:
+    import torch
+
+    from attnpatch.bench.layer import ALLOWED, AttentionLayer
+
+    settings, dry = session.settings, session.dry
+    batch, tokens = (1, 16) if dry else (16, 512)
+    exact = AttentionLayer("query_value", 1, tokens, settings.device)
+    if not (error := exact.relative_error()) <= ALLOWED:
+        raise BenchmarkError(f"query_value: relative error {error:.1e} > {ALLOWED:.0e}; nothing was timed")
+    ours, stock = (
+        AttentionLayer(spec, batch, tokens, settings.device, torch.bfloat16) for spec in ("query_value", None)
+    )
+    timed = compare(ours.both, stock.both, settings.repeats, settings.device)
+    session.results["layer"] = {f"query_value, T = {tokens}": timed | {"relative_error_float32": error}}
+    settings.say(f"query_value layer, T = {tokens}: {timed['ratio']['median']:.2f} times the stock layer")
+
+
 def solver(session: Session) -> None:
     from attnpatch.bench import value_aware
 
@@ -447,6 +471,7 @@ STAGES: dict[str, tuple[Callable[[Session], None], int]] = {
     "operator": (operator, 60),
     "roberta": (roberta_base, 40),
     "steps": (steps, 30),
+    "layer": (layer, 20),
     "solver": (solver, 20),
     "marian": (marian_training, 90),
 }

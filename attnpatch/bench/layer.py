@@ -25,7 +25,7 @@ TIES = 0.002
 class AttentionLayer:
     """One RobertaSelfAttention, stock or patched, with inputs to run it on."""
 
-    def __init__(self, spec: Any, batch: int, tokens: int, device: str) -> None:
+    def __init__(self, spec: Any, batch: int, tokens: int, device: str, dtype: Any = None) -> None:
         import torch
         from transformers import RobertaConfig, RobertaModel
 
@@ -40,8 +40,8 @@ class AttentionLayer:
         )
         torch.manual_seed(0)
         model = patched_or_stock(RobertaModel, config, spec)
-        self.module = model.encoder.layer[0].attention.self.to(device)
-        self.hidden = torch.randn(batch, tokens, HIDDEN, device=device).requires_grad_()
+        self.module = model.encoder.layer[0].attention.self.to(device, dtype)
+        self.hidden = torch.randn(batch, tokens, HIDDEN, device=device, dtype=dtype).requires_grad_()
 
     def forward(self) -> Any:
         import torch

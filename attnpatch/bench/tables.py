@@ -49,6 +49,16 @@ def load(folder: Path, device: str) -> dict[str, dict[str, Any]]:
     return {name: read(path) for name, path in paths.items() if path.is_file()}
 
 
+def held_against_aims(folder: Path, device: str) -> list[dict[str, Any]]:
+    """`targets.summarise` of the files in `folder`, with those of a GPU session on a GPU.
+
+    Raises:
+        BenchmarkError: one is damaged.
+    """
+    session = folder / f"gpu-{device}.json"
+    return summarise(load(folder, device), device, read(session) if session.is_file() else None)
+
+
 def read(path: Path) -> dict[str, Any]:
     """{part: results} of a file that `bench.run` wrote.
 
@@ -141,7 +151,7 @@ def of_devices(folder: Path) -> dict[str, dict[str, str]]:
     Raises:
         BenchmarkError: the folder has no results of any device.
     """
-    if not any(load(folder, device) for device in DEVICES):
+    if not any(load(folder, device) or (folder / f"gpu-{device}.json").is_file() for device in DEVICES):
         raise BenchmarkError(f"{folder} has no results of a benchmark; --output names their folder")
     return {device: all_tables(folder, device) for device in DEVICES}
 
@@ -149,7 +159,7 @@ def of_devices(folder: Path) -> dict[str, dict[str, str]]:
 def all_tables(folder: Path, device: str) -> dict[str, str]:
     """{"summary" or "benchmark.part": Markdown} of everything that was measured."""
     results = load(folder, device)
-    tables = {"summary": markdown(summary_table(summarise(results, device)))}
+    tables = {"summary": markdown(summary_table(held_against_aims(folder, device)))}
     for benchmark, parts in results.items():
         for part, found in parts.items():
             table = part_table(f"{benchmark}.{part}", found)
@@ -163,7 +173,7 @@ def write(folder: Path, device: str) -> list[Path]:
     from attnpatch.atomic import write_json, write_text
 
     summary, tables = folder / f"summary-{device}.json", folder / f"tables-{device}.md"
-    write_json(summary, {"device": device, "targets": summarise(load(folder, device), device)})
+    write_json(summary, {"device": device, "targets": held_against_aims(folder, device)})
     parts = all_tables(folder, device).items()
     write_text(tables, "\n".join(f"## {name}\n\n{table}" for name, table in parts))
     return [summary, tables]
