@@ -402,6 +402,55 @@ def test_networks_by_parts_equal_autograd(kind, adversary, frozen, monkeypatch):
             torch.testing.assert_close(a, sign * b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("adversary", [False, True])
+@pytest.mark.parametrize("kind", [an.Discriminator, an.Navigator, an.Critic])
+def test_networks_have_second_derivatives(kind, adversary):
+    net, x = kind(D, 6).double(), torch.randn(5, D, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(net(x))
+
+    def penalty(out):
+        (first,) = torch.autograd.grad((out * direction).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [x, *net.parameters()], allow_unused=True)
+
+    reference = {name: an.gradient_reversal(p) if adversary else p for name, p in net.named_parameters()}
+    ours, wanted = penalty(an.apply_network(net, x, adversary)), penalty(functional_call(net, reference, (x,)))
+    for got, want in zip(ours, wanted, strict=True):
+        assert (got is None) == (want is None) or not (got if want is None else want).any()
+        if got is not None and want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["ct", "ot", "mmd"])
+def test_a_second_derivative_that_there_is_not_is_refused(method):
+    q, k = tensors()
+    loss = al.alignment_loss(q, k, method=method, **networks(method))
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(loss + q.pow(3).sum(), q, create_graph=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_backward_pass_under_autocast(method):
+    nets = networks(method, torch.float32)
+    q, k = tensors(dtype=torch.float32)
+    leaves = [q, k, *(p for net in nets.values() for p in net.parameters())]
+    loss = al.alignment_loss(q, k, padding(2, 5), method, **nets)
+    outside = torch.autograd.grad(loss, leaves, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
+
+
+@pytest.mark.parametrize("method", ["ct", "gan"])
+def test_heads_of_one_number_and_empty_batches(method):
+    nets = networks(method, dim=1)
+    q, k = tensors(d=1)
+    loss = al.alignment_loss(q, k, method=method, **nets)
+    expected = oracle.over_problems(q, k, None, None, problem_of(method, nets))
+    torch.testing.assert_close(loss, expected, atol=1e-10, rtol=1e-9)
+    torch.autograd.grad(loss, q)
+    assert float(al.alignment_loss(q[:0], k[:0], method=method, **nets, reduction="sum").detach()) == 0
+
+
 @pytest.mark.parametrize("kind", [an.Discriminator, an.Navigator, an.Critic])
 def test_networks_keep_their_input_alone(kind):
     net, x = kind(D, 64), torch.randn(100, D, requires_grad=True)
@@ -421,6 +470,17 @@ def test_networks_with_something_hung_on_are_called():
     handle.remove()
     torch.testing.assert_close(an.apply_network(net, x), net(x))
     net.inner = nn.Sequential(net.inner, nn.Tanh())
+    assert torch.equal(an.apply_network(net, x), net(x))
+
+    net = an.Critic(D, 6)
+    net.inner.forward = lambda x: 3 * torch.ones(*x.shape[:-1], 6)
+    assert torch.equal(an.apply_network(net, x), net(x))
+    net = an.Critic(D, 6)
+    net.highway.gate.register_full_backward_hook(lambda *_: seen.append(2))
+    an.apply_network(net, x).sum().backward()
+    assert 2 in seen
+    net = an.Navigator(D, 6)
+    net.outer = nn.Linear(6, D, bias=False)
     assert torch.equal(an.apply_network(net, x), net(x))
 
     class Doubled(an.Critic):

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..errors import SpecError, unknown
 from .alignment_networks import apply_network
+from .once import differentiable_once
 
 METHODS = ("ct", "gan", "ot", "mmd")
 REDUCTIONS = ("mean", "sum", "none")
@@ -97,7 +97,7 @@ class _WithGradients(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("this alignment loss (ct, ot or mmd)")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad[..., None, None]
         return (None, None, *(scale * x for x in ctx.saved_tensors), *[None] * ctx.count)

@@ -8,12 +8,12 @@ the backward pass. Everywhere else, and for networks of other classes, it is aut
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 # Tokens of one pass: six buffers of 1,024 x 64 float32 numbers are 1.5 MiB.
@@ -117,18 +117,25 @@ def apply_network(module: nn.Module | None, x: Tensor, adversary: bool = False) 
     if module is None:
         return x
     if _is_fused(module, x):
-        return _Narrow.apply(x, adversary, *(None if p is None else p.to(x.dtype) for p in _ordered(module)))
+        weights = (None if p is None else p.to(x.dtype) for p in _ordered(module))
+        return _Narrow.apply(x, adversary, type(module) is Discriminator, *weights)
     parameters = reversed_parameters(module) if adversary else dict(module.named_parameters())
     return functional_call(module, {name: p.to(x.dtype) for name, p in parameters.items()}, (x,))
 
 
 def _is_fused(module: nn.Module, x: Tensor) -> bool:
     """True if `_Narrow` computes what `module` would: our own classes, with nothing put in or hung on."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or type(module) not in _NETWORKS:
+    if torch.compiler.is_compiling() or type(module) not in _NETWORKS or nn.modules.module._has_any_global_hook():
         return False
-    parts = list(module.modules())
-    plain = all(type(part) in (nn.Linear, Highway, type(module)) for part in parts)
-    return plain and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.numel() == 0:
+        return False
+    for part in module.modules():
+        hooks = part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
+        if type(part) not in (nn.Linear, Highway, type(module)) or "forward" in vars(part) or any(hooks):
+            return False
+        if type(part) is nn.Linear and (part.bias is None or type(part.weight) not in (Tensor, nn.Parameter)):
+            return False
+    return not torch._C._are_functorch_transforms_active()
 
 
 def _ordered(module: Any) -> list[Tensor | None]:
@@ -141,61 +148,84 @@ def _ordered(module: Any) -> list[Tensor | None]:
 
 
 class _Narrow(torch.autograd.Function):
-    """outer(leaky_relu(inner(highway(x)))) [..., D] -> [..., out], or [...] where out is 1; the highway may be None."""
+    """outer(leaky_relu(inner(highway(x)))) [..., D] -> [..., out], `squeezed` [...]; the highway may be None."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, adversary: bool, *weights: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, adversary: bool, squeezed: bool, *weights: Any) -> Tensor:
         ctx.save_for_backward(x, *weights)
-        ctx.adversary = adversary
+        ctx.sign = -1.0 if adversary else 1.0
         rows = x.reshape(-1, x.shape[-1])
         w_out, b_out = weights[4:]
         out = rows.new_empty(rows.shape[0], w_out.shape[0])
         for part in _parts(rows):
             *_, hidden = _hidden(rows[part], weights)
             torch.addmm(b_out, hidden, w_out.t(), out=out[part])
-        return out.view(x.shape[:-1]) if w_out.shape[0] == 1 else out.view(*x.shape[:-1], -1)
+        return out.view(x.shape[:-1] if squeezed else (*x.shape[:-1], w_out.shape[0]))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        w_both, _, w_in, _, w_out, _ = weights
-        rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, w_out.shape[0])
-        d_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        sums: list[Any] = [None if w is None else torch.zeros_like(w) for w in weights]
-        sign = -1.0 if ctx.adversary else 1.0
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
+        # A backward pass may be called under autocast.
+        with torch.autocast("cpu", enabled=False):
+            again = torch.is_grad_enabled()  # create_graph: the gradient is to be differentiated
+            gradients = (_by_autograd if again else _by_parts)(x, weights, grad, needed, ctx.sign)
+        return gradients[0], None, None, *gradients[1:]
 
-        def add(index: int, d_out: Tensor, inputs: Tensor) -> None:
-            """The gradients of weight `index` and its bias, of a linear layer's output gradient and inputs."""
-            if ctx.needs_input_grad[2 + index]:
-                sums[index].addmm_(d_out.t(), inputs, alpha=sign)
-            if ctx.needs_input_grad[3 + index]:
-                sums[index + 1].add_(d_out.sum(0), alpha=sign)
 
-        aten = torch.ops.aten
-        for part in _parts(rows):
-            x_part, d_out = rows[part], grad[part]
-            both, mixed, hidden = _hidden(x_part, weights)
-            add(4, d_out, hidden)
-            d_hidden = aten.leaky_relu_backward(d_out @ w_out, hidden, _SLOPE, True)
-            add(2, d_hidden, mixed)
-            d_mixed = d_hidden @ w_in
-            if both is not None:
-                gate, transformed = both.chunk(2, -1)
-                d_both = torch.empty_like(both)
-                d_gate, d_transformed = d_both.chunk(2, -1)
-                aten.sigmoid_backward((transformed - x_part).mul_(d_mixed), gate, grad_input=d_gate)
-                through = d_mixed * gate
-                aten.threshold_backward(through, transformed, 0, grad_input=d_transformed)
-                add(0, d_both, x_part)
-                d_mixed = d_mixed.sub_(through).addmm_(d_both, w_both) if d_rows is not None else d_mixed
-            if d_rows is not None:
-                d_rows[part] = d_mixed
-        return (
-            None if d_rows is None else d_rows.view(x.shape),
-            None,
-            *(s if needed else None for s, needed in zip(sums, ctx.needs_input_grad[2:], strict=True)),
-        )
+def _by_autograd(
+    x: Tensor, weights: Sequence[Any], grad: Tensor, needed: Sequence[bool], sign: float
+) -> list[Tensor | None]:
+    used: list[Any] = [None if w is None else gradient_reversal(w, -sign) for w in weights]
+    w_both, b_both, w_in, b_in, w_out, b_out = used
+    mixed = x
+    if w_both is not None:
+        gate, transformed = F.linear(x, w_both, b_both).chunk(2, -1)
+        mixed = torch.lerp(x, F.relu(transformed), torch.sigmoid(gate))
+    out = F.linear(F.leaky_relu(F.linear(mixed, w_in, b_in), _SLOPE), w_out, b_out)
+    inputs = [tensor for tensor, wanted in zip((x, *weights), needed, strict=True) if wanted]
+    found = iter(torch.autograd.grad(out, inputs, grad.reshape(out.shape), create_graph=True))
+    return [next(found) if wanted else None for wanted in needed]
+
+
+def _by_parts(
+    x: Tensor, weights: Sequence[Any], grad: Tensor, needed: Sequence[bool], sign: float
+) -> list[Tensor | None]:
+    """The gradients of x and of the weights, those times `sign`; None where not needed."""
+    w_both, _, w_in, _, w_out, _ = weights
+    rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, w_out.shape[0])
+    d_rows = torch.empty_like(rows) if needed[0] else None
+    sums: list[Any] = [torch.zeros_like(w) if wanted else None for w, wanted in zip(weights, needed[1:], strict=True)]
+
+    def add(index: int, d_out: Tensor, inputs: Tensor) -> None:
+        """The gradients of weight `index` and its bias, of a linear layer's output gradient and inputs."""
+        if sums[index] is not None:
+            sums[index].addmm_(d_out.t(), inputs, alpha=sign)
+        if sums[index + 1] is not None:
+            sums[index + 1].add_(d_out.sum(0), alpha=sign)
+
+    aten = torch.ops.aten
+    for part in _parts(rows):
+        x_part, d_out = rows[part], grad[part]
+        both, mixed, hidden = _hidden(x_part, weights)
+        add(4, d_out, hidden)
+        d_hidden = aten.leaky_relu_backward(d_out @ w_out, hidden, _SLOPE, True)
+        add(2, d_hidden, mixed)
+        if both is None and d_rows is None:
+            continue
+        d_mixed = d_hidden @ w_in
+        if both is not None:
+            gate, transformed = both.chunk(2, -1)
+            d_both = torch.empty_like(both)
+            d_gate, d_transformed = d_both.chunk(2, -1)
+            aten.sigmoid_backward((transformed - x_part).mul_(d_mixed), gate, grad_input=d_gate)
+            through = d_mixed * gate
+            aten.threshold_backward(through, transformed, 0, grad_input=d_transformed)
+            add(0, d_both, x_part)
+            d_mixed = d_mixed.sub_(through).addmm_(d_both, w_both) if d_rows is not None else d_mixed
+        if d_rows is not None:
+            d_rows[part] = d_mixed
+    return [None if d_rows is None else d_rows.view(x.shape), *sums]
 
 
 def _parts(rows: Tensor) -> list[slice]:

@@ -23,9 +23,9 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..errors import SpecError, unknown
+from .once import differentiable_once
 
 GATE_BIAS = -4.0
 PHIS = ("product", "tanh")
@@ -197,7 +197,7 @@ class _GatedValueSum(torch.autograd.Function):
         return _gated_value_sum(weights, value, gate_q, gate_v, mix_q, mix_v, rows)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("pairwise query-value attention")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad.device.type, enabled=False):
             gradients = _gated_value_sum_backward(grad.contiguous(), *ctx.saved_tensors, ctx.rows)
