@@ -281,13 +281,11 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Compare training runs: means over seeds, paired tests against stock, figures."""
-    from attnpatch.experiments.report import write_page, write_report
+    from attnpatch.experiments.report import write_report
     from attnpatch.training.extra import REPORT, require
 
     require(REPORT)
-    found = write_report(results, output)
-    if page is not None:
-        write_page(page, found)
+    found = write_report(results, output, page)
     if as_json:
         _print_json(found)
         return

@@ -172,7 +172,8 @@ def test_other_kernels_for_a_softmax_model_and_the_report(data: Path, tokenizer:
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     for model in results["models"]:
         row = next(row for row in model["rows"] if row["method"] == "centered")
-        assert f"{model['kernel']}, masked: exact perplexity {model['exact']['perplexity']:.4g} over" in text
+        trained = "" if model["kernel"] == "softmax" else "trained with softmax, "
+        assert f"{model['kernel']}, {trained}masked: exact perplexity {model['exact']['perplexity']:.4g} over" in text
         assert f"| perplexity | weight x distance | {row['perplexity']:.4g} |" in text
         assert f"| output error | weight x distance | {row['output_error']:.3f} |" in text
     assert (tmp_path / "report" / "value_aware-masked-sweep.svg").stat().st_size > 1000

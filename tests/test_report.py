@@ -15,7 +15,7 @@ import pytest
 
 from attnpatch.cli import main
 from attnpatch.experiments.records import Metric, ReportError, find_results, group, load_runs
-from attnpatch.experiments.report import write_page, write_report
+from attnpatch.experiments.report import write_report
 from attnpatch.experiments.statistics import compare, summary
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -213,18 +213,27 @@ def test_a_real_file_of_train_marian(tmp_path: Path) -> None:
     assert row["against"] is None
 
 
+def test_smoke_runs_beside_others_are_passed_over(tmp_path: Path) -> None:
+    real = put(tmp_path, result())[0]
+    smoke = tmp_path / "run-smoke" / "results.json"
+    smoke.parent.mkdir()
+    smoke.write_text(Path(real).read_text())
+    assert smoke not in find_results([tmp_path])
+    assert find_results([smoke.parent]) == [smoke]  # asked for by name, it is refused when read
+
+
 def test_tables_of_a_page_are_written_anew(tmp_path: Path) -> None:
-    document = write_report(put(tmp_path, result(), result("neural", value=19.0)), tmp_path / "out")
+    paths, out = put(tmp_path, result(), result("neural", value=19.0)), tmp_path / "out"
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table mlm / test: perplexity -->\nold\n<!-- end -->\nafter\n")
-    write_page(page, document)
+    write_report(paths, out, page)
     text = page.read_text()
     assert "old" not in text
     assert text.startswith("before\n")
     assert text.endswith("<!-- end -->\nafter\n")
     assert "| neural |" in text
     assert "-1 | 1 of 1 | no test |" in text
-    write_page(page, document)
+    write_report(paths, out, page)
     assert page.read_text() == text
     for words, message in (
         ("<!-- table mlm / test: perplexiti -->\n<!-- end -->\n", "did you mean 'mlm / test: perplexity'"),
@@ -233,10 +242,11 @@ def test_tables_of_a_page_are_written_anew(tmp_path: Path) -> None:
     ):
         page.write_text(words)
         with pytest.raises(ReportError, match=message):
-            write_page(page, document)
+            write_report(paths, out, page)
         assert page.read_text() == words
     with pytest.raises(ReportError, match="cannot be read"):
-        write_page(tmp_path / "nowhere.md", document)
+        write_report(paths, tmp_path / "new", tmp_path / "nowhere.md")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_repositorys_own_runs(tmp_path: Path) -> None:
@@ -300,7 +310,7 @@ def test_a_grid_of_sequences(tmp_path: Path) -> None:
     assert row["against"]["mean"] == pytest.approx(((0.9 - 0.5) + (0.75 - 0.6)) / 2)
     assert row["against"]["better"] == 2
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert "| base N | delay tau | chance | stock | expressive(scale=1.0) |" in text
+    assert "| base N | delay tau | chance | stock (n = 2) | expressive(scale=1.0) (n = 2) |" in text
     assert "| 2 | 2 | 0.500 | 0.450 | 0.700 |\n| 4 | 2 | 0.250 | 0.650 | 0.950 |" in text
     assert (tmp_path / "out" / "sequences-accuracy.png").stat().st_size > 1000
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from attnpatch.errors import AttnpatchError, one_line
 from attnpatch.spec import AttentionSpec
+from attnpatch.training.smoke import SUFFIX
 
 HIGHER = ("accuracy", "f1", "matthews", "pearson", "spearman", "bleu", "chrf")
 LOWER = ("perplexity", "loss", "output_error", "ece", "mmd")
@@ -87,7 +88,7 @@ class Run:
     environment: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, Path] = field(default_factory=dict)  # test -> BLEU's counts, sentence by sentence
     reliability: list[dict[str, Any]] = field(default_factory=list)  # of the dev set: bins of confidence
-    details: Mapping[str, Any] = field(default_factory=dict)  # of a grid or a sweep: what it shows beside
+    details: Sequence[Mapping[str, Any]] = ()  # of a grid its cells, of a sweep the model: what they show beside
     label: str = ""  # the variant with the settings in which it differs from most other runs
 
     @property
@@ -98,7 +99,8 @@ class Run:
 def find_results(paths: Iterable[str | Path]) -> list[Path]:
     """The results files that are named, or that lie in the folders that are named.
 
-    A run's own folders (the cells of a grid) are not searched. Raises ReportError for a path without any.
+    A run's own folders (the cells of a grid) are not searched; smoke runs beside others are passed over. Raises
+    ReportError for a path without any.
     """
     found: list[Path] = []
     for name in paths:
@@ -108,13 +110,18 @@ def find_results(paths: Iterable[str | Path]) -> list[Path]:
             continue
         if not path.is_dir():
             raise ReportError(f"no file or folder {path}; give results.json files or folders that hold them")
-        inside = sorted(path.rglob("results.json"))
+        every = sorted(path.rglob("results.json"))
+        inside = [found for found in every if not _is_smoke(found.relative_to(path))] or every
         folders = {candidate.parent for candidate in inside}
         kept = [candidate for candidate in inside if folders.isdisjoint(candidate.parent.parents)]
         if not kept:
             raise ReportError(f"no results.json in the folder {path}: has its run ended?")
         found += kept
     return list(dict.fromkeys(found))
+
+
+def _is_smoke(path: Path) -> bool:
+    return any(name.endswith(SUFFIX) for name in path.parts[:-1])
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
@@ -214,6 +221,8 @@ def _sequence_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
         scores = {Metric("mean of the grid", "accuracy"): statistics.fmean(c["accuracy"] for c in cells)}
         scores |= {Metric(cell["cell"], "accuracy"): float(cell["accuracy"]) for cell in cells}
         steps = [entry["step"] for entry in cells[0]["train"]]
+        for cell in cells:  # what the grid's own table and figure show
+            _ = cell["bases"], cell["delays"], cell["chance"]
         curve = []
         for i, step in enumerate(steps):
             if all(len(c["train"]) > i for c in cells):
@@ -231,7 +240,7 @@ def _sequence_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
                 {},
                 {"training loss": curve} if curve else {},
                 _environment(data),
-                details=data,
+                details=cells,
             )
         )
     return runs
@@ -246,6 +255,7 @@ def _value_aware_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
             scores |= {
                 Metric(f"{row['method']} r={row['r']}", key): float(row[key]) for key in ("output_error", "loss")
             }
+        _ = model["head_dim"], model["exact"]["perplexity"], [row["perplexity"] for row in model["rows"]]
         kernel = model["kernel"]
         runs.append(
             Run(
@@ -260,7 +270,7 @@ def _value_aware_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
                 {"exact": {"predicted_tokens": model["exact"]["predicted_tokens"]}},
                 {},
                 _environment(data),
-                details=model,
+                details=[model],
             )
         )
     return runs

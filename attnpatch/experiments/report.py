@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,36 @@ MANY_METRICS = 12
 """Beyond so many (the cells of a grid), only the first has a table; all are in report.json."""
 
 
-DETAILS = {"sequences": "Accuracy, cell by cell", "value_aware": "Against the number of keys, r"}
-"""Experiments with a table and a figure of their own."""
+@dataclass(frozen=True)
+class Details:
+    """A table and a figure that an experiment has beside its scores, of the runs of a section."""
+
+    heading: str
+    figure: str  # what its file's name ends with
+    table: Callable[[Any], list[str]]
+    draw: Callable[[Any, Path], Any]
+    collect: Callable[[Sequence[Run]], Any]  # what these two are given
+
+
+def _grids(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    grids: dict[str, list[Any]] = {}
+    for run in sorted(runs, key=lambda run: not run.is_stock):
+        if run.details:
+            grids.setdefault(run.label, []).extend(run.details)
+    return grids
+
+
+def _sweeps(runs: Sequence[Run]) -> list[Any]:
+    return [model for run in runs for model in run.details]
+
+
+DETAILS = {
+    "sequences": Details("Accuracy, cell by cell", "accuracy", sequences_report.table, sequences_report.draw, _grids),
+    "value_aware": Details(
+        "Against the number of keys, r", "sweep", value_aware_report.tables, value_aware_report.draw, _sweeps
+    ),
+}
+"""By the first word of an experiment's name."""
 
 
 @dataclass
@@ -57,6 +85,13 @@ class Section:
         return re.sub(r"[^\w.-]+", "-", self.experiment).strip("-")
 
     @property
+    def details(self) -> tuple[Details, Any] | None:
+        """How to show what the runs have beside their scores, and that."""
+        details = DETAILS.get(self.runs[0].experiment.split()[0])
+        shown = details.collect(self.runs) if details is not None else None
+        return (details, shown) if details is not None and shown else None
+
+    @property
     def notes(self) -> list[str]:
         """What a reader has to know about the runs."""
         found = []
@@ -69,11 +104,17 @@ class Section:
         return found
 
 
-def write_report(paths: Iterable[str | Path], output: str | Path) -> dict[str, Any]:
+def write_report(paths: Iterable[str | Path], output: str | Path, page: str | Path | None = None) -> dict[str, Any]:
     """Reads results files (or folders of them) and writes report.md, report.json and figures into `output`.
 
-    Returns what stands in report.json. Raises ReportError, and writes nothing, when files are broken or must not be
-    compared.
+    Args:
+        page: a Markdown page whose tables are to be written anew, those between `<!-- table EXPERIMENT / METRIC -->`
+            and `<!-- end -->`, with the names of report.md; the metric `details` is a grid's or a sweep's own table.
+    Returns:
+        What stands in report.json.
+    Raises:
+        ReportError: files are broken or must not be compared; the page cannot be read, has a marker that is not
+            closed, or names a table that there is not. Then nothing is written.
     """
     files = find_results(paths)
     experiments = group(load_runs(files))
@@ -85,6 +126,8 @@ def write_report(paths: Iterable[str | Path], output: str | Path) -> dict[str, A
             if metric.name == "bleu":
                 _bootstrap(runs, metric, rows)
         sections.append(Section(name, runs, tables, []))
+    shown = {name: table for section in sections for name, table in _tables(section).items()}
+    text = None if page is None else _filled(Path(page), shown)
     for section in sections:
         section.figures = _draw(section, out)
     document = {
@@ -92,42 +135,38 @@ def write_report(paths: Iterable[str | Path], output: str | Path) -> dict[str, A
         "bootstrap": bootstrap.TEST,
         "files": [str(path) for path in files],
         "experiments": {section.experiment: _to_dict(section) for section in sections},
-        "tables": {name: table for section in sections for name, table in _tables(section).items()},
+        "tables": shown,
     }
     write_text(out / "report.md", _markdown(sections))
     write_json(out / "report.json", document, default=str)
+    if page is not None and text is not None:
+        write_text(Path(page).resolve(), text)
     return document
 
 
-def write_page(page: Path, document: Mapping[str, Any]) -> None:
-    """Writes the tables of a Markdown page anew from what `write_report` returned.
-
-    A table is marked by `<!-- table EXPERIMENT / METRIC -->` and `<!-- end -->`, with the names of report.md; the
-    metric `details` is a grid's or a sweep's own table. Raises ReportError for a page that cannot be read, a marker
-    that is not closed, and a name that no table has.
-    """
-    tables = document["tables"]
+def _filled(page: Path, tables: Mapping[str, str]) -> str:
+    """The page's text with its tables."""
 
     def table(name: str) -> str:
         if name not in tables:
             guess = nearest(name, list(tables))
             hint = f"; did you mean {guess!r}?" if guess else "."
             raise ReportError(f"the page {page} asks for {name!r}, which is no table{hint} All are in report.json")
-        return str(tables[name])
+        return tables[name]
 
     try:
         text = page.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"the page {page} cannot be read: {one_line(error)}") from error
-    write_text(page, pages.filled(text, table, ReportError, "EXPERIMENT / METRIC"))
+    return pages.filled(text, table, ReportError, "EXPERIMENT / METRIC")
 
 
 def _tables(section: Section) -> dict[str, str]:
     """The section's tables as Markdown, by "EXPERIMENT / METRIC"."""
     found = {str(metric): [*_table(rows), "", *_bootstrap_table(rows)] for metric, rows in section.tables.items()}
-    details = _details_tables(section)
-    if details:
-        found["details"] = details
+    if section.details is not None:
+        details, shown = section.details
+        found["details"] = details.table(shown)
     return {f"{section.experiment} / {name}": "\n".join(lines).rstrip() + "\n" for name, lines in found.items()}
 
 
@@ -228,9 +267,9 @@ def _markdown(sections: Sequence[Section]) -> str:
             lines += _bootstrap_table(rows)
         if len(shown) < len(tables):
             lines += [f"{len(tables) - len(shown)} more metrics are in report.json.", ""]
-        details = _details_tables(section)
-        if details:
-            lines += [f"### {DETAILS[section.runs[0].experiment.split()[0]]}", "", *details]
+        if section.details is not None:
+            details, shown_beside = section.details
+            lines += [f"### {details.heading}", "", *details.table(shown_beside)]
         lines += [f"![{name}]({name}.png)" for name in section.figures] + [""]
     return "\n".join(lines)
 
@@ -279,18 +318,6 @@ def _bootstrap_table(rows: Sequence[Row]) -> list[str]:
     return [*lines, ""]
 
 
-def _details_tables(section: Section) -> list[str]:
-    experiment = section.runs[0].experiment.split()[0]
-    lines: list[str] = []
-    if experiment == "sequences":
-        for end, details in _grids(section):
-            lines += [f"{end[1:]}:", ""] if end else []
-            lines += [*sequences_report.table(details), ""]
-    elif experiment == "value_aware":
-        lines += [line for run in section.runs if run.details for line in value_aware_report.table(run.details)]
-    return lines
-
-
 def _cells(row: Row) -> list[str]:
     cells = [
         row.variant,
@@ -310,7 +337,11 @@ def _cells(row: Row) -> list[str]:
 
 
 def _draw(section: Section, out: Path) -> list[str]:
-    names = _draw_details(section, out)
+    names = []
+    if section.details is not None:
+        details, shown = section.details
+        names.append(f"{section.slug}-{details.figure}")
+        details.draw(shown, out / names[-1])
     for kind in ("dev loss", "training loss"):
         if any(run.curves.get(kind) for run in section.runs):
             name = f"{section.slug}-{kind.replace(' ', '-')}"
@@ -326,27 +357,6 @@ def _draw(section: Section, out: Path) -> list[str]:
         name = f"{section.slug}-parameters"
         _against_parameters(metric, rows, out / name)
         names.append(name)
-    return names
-
-
-def _grids(section: Section) -> list[tuple[str, Mapping[str, Any]]]:
-    """The grids of a section, each once, and what to put behind their names."""
-    found = {run.path: run.details for run in section.runs if run.details}
-    return [(f"-{Path(path).parent.name}" if len(found) > 1 else "", details) for path, details in found.items()]
-
-
-def _draw_details(section: Section, out: Path) -> list[str]:
-    """What a grid or a sweep shows beside its scores."""
-    experiment = section.runs[0].experiment.split()[0]
-    names = []
-    if experiment == "sequences":
-        for end, details in _grids(section):
-            names.append(f"{section.slug}-accuracy{end}")
-            sequences_report.draw(details, out / names[-1])
-    sweeps = [run.details for run in section.runs if run.details]
-    if experiment == "value_aware" and sweeps:
-        names.append(f"{section.slug}-sweep")
-        value_aware_report.draw(sweeps, out / names[-1])
     return names
 
 

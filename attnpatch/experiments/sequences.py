@@ -20,7 +20,7 @@ from attnpatch.atomic import write_json
 from attnpatch.environment import machine, versions
 from attnpatch.experiments.sequence_tasks import Cell, batch_of, ceiling, nt_sequences, scored_labels
 from attnpatch.experiments.sequences_config import CellConfig, SequencesConfig
-from attnpatch.experiments.sequences_report import draw
+from attnpatch.experiments.sequences_report import by_spec, draw
 from attnpatch.spec import AttentionSpec
 from attnpatch.training.batching import IGNORE, SentenceBatchSampler
 from attnpatch.training.blocks import generator_for
@@ -30,7 +30,7 @@ from attnpatch.training.files import read_json, sha256_lines
 from attnpatch.training.losses import token_loss
 from attnpatch.training.modeling import check_activation, from_scratch
 from attnpatch.training.results import count_parameters, write_results
-from attnpatch.training.run_config import OutputConfig, none_if_stock
+from attnpatch.training.run_config import OutputConfig
 from attnpatch.training.run_folder import FREE_TRAINING, RUN_FILE, claim, identity, may_go_on, resume_point
 from attnpatch.training.run_trainer import RunTrainer
 from attnpatch.training.runs import (
@@ -147,7 +147,7 @@ def run(config: SequencesConfig) -> dict[str, Any]:
     started, out, say = run.started, run.out, run.say
     if run.state.num_processes > 1:
         raise TrainingError("these models are too small to share: run train_sequences.py with one process")
-    specs = [AttentionSpec.parse(none_if_stock(spec)) for spec in config.specs]
+    specs = config.parsed_specs()
     _claim(config, out)
     jobs = [(seed, cell, spec) for seed in config.seeds for cell in config.cells() for spec in specs]
     records = []
@@ -168,7 +168,7 @@ def run(config: SequencesConfig) -> dict[str, Any]:
             f"parameters, {record['seconds']['train']:.1f} s"
         )
     results = _describe(config, specs, records)
-    draw(results, out / "accuracy")
+    draw(by_spec(records), out / "accuracy")
     say(f"results: {write_results(out, results)}")
     return results
 

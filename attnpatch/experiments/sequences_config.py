@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from attnpatch.experiments.sequence_tasks import Cell
-from attnpatch.training.config import at_least
+from attnpatch.spec import AttentionSpec
+from attnpatch.training.config import at_least, named_once
 from attnpatch.training.errors import ConfigError
 from attnpatch.training.extra import DRAWING
 from attnpatch.training.run_config import (
@@ -16,6 +17,7 @@ from attnpatch.training.run_config import (
     RunConfig,
     ScriptConfig,
     check_heads,
+    none_if_stock,
 )
 
 
@@ -74,7 +76,8 @@ class SequencesConfig(ScriptConfig):
         for name in ("specs", "seeds"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty: name at least one")
-            _once(name, [repr(item) for item in getattr(self, name)])
+        named_once("seeds", self.seeds)
+        named_once("specs", [str(spec) for spec in self.parsed_specs()])
         for cell in self.cells():
             if cell.scored_from + 1 > self.task.length:
                 raise ConfigError(
@@ -83,6 +86,9 @@ class SequencesConfig(ScriptConfig):
                 )
         self.training.check()
 
+    def parsed_specs(self) -> list[AttentionSpec]:
+        return [AttentionSpec.parse(none_if_stock(spec)) for spec in self.specs]
+
     def cells(self) -> list[Cell]:
         """The grid, base by base."""
         bases = [_numbers("task.bases", item, 2) for item in self.task.bases]
@@ -90,7 +96,7 @@ class SequencesConfig(ScriptConfig):
         if not bases or not delays:
             raise ConfigError("task.bases and task.delays must each name at least one number")
         for name, items in (("task.bases", bases), ("task.delays", delays)):
-            _once(name, [sorted(item) for item in items])
+            named_once(name, [sorted(item) for item in items])
         return [Cell(base, delay) for base in bases for delay in delays]
 
 
@@ -100,13 +106,6 @@ class CellConfig(RunConfig):
 
     training: CommonTraining = field(default_factory=CommonTraining)
     output: OutputConfig = field(default_factory=OutputConfig)
-
-
-def _once(key: str, items: list[Any]) -> None:
-    """Raises ConfigError when something stands in a list twice: it would be trained once and counted twice."""
-    for number, item in enumerate(items):
-        if item in items[:number]:
-            raise ConfigError(f"{key} has an item twice (number {number + 1}): name each once")
 
 
 def _numbers(key: str, item: Any, low: int) -> tuple[int, ...]:

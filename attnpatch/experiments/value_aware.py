@@ -8,6 +8,7 @@ them, and exact attention as the floor. `run` is what scripts/eval_value_aware.p
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -91,13 +92,16 @@ def run(config: ValueAwareConfig) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     out = Path(config.output.dir)
     check_folder("output.dir", out)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError("the sweep is one process's work: run eval_value_aware.py with one process")
     say = speaker(config.output.quiet, True)
     text = merge_text(load_text(config.data, "test"), "test")
     models = []
     for name in config.models:
         model, tokenizer = _load(config, name)
         data = _blocks(config, model, tokenizer, text)
-        for kernel in config.kernels:
+        trained = _stages(model)[0]
+        for kernel in dict.fromkeys(trained if kernel == "own" else kernel for kernel in config.kernels):
             record = _evaluate(config, name, kernel, model, data)
             models.append(record)
             say(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from attnpatch.errors import unknown
-from attnpatch.training.config import at_least, one_of
+from attnpatch.training.config import at_least, named_once, one_of
 from attnpatch.training.errors import ConfigError
 from attnpatch.training.extra import DRAWING
 from attnpatch.training.mlm_config import MaskingConfig, TextConfig
@@ -51,13 +51,15 @@ class ValueAwareConfig(ScriptConfig):
 
     def __post_init__(self) -> None:
         if not self.models:
-            raise ConfigError("models is empty: name at least one trained model, models=[runs/wikitext-cpu/model]")
+            raise ConfigError("models is empty: name a trained model or more, models=[runs/wikitext/stock-seed1/model]")
         for name, values, known in (("methods", self.methods, METHODS), ("kernels", self.kernels, ("own", *KERNELS))):
             if not values:
                 raise ConfigError(f"{name} is empty: choose of {', '.join(known)}")
             for value in values:
                 if value not in known:
                     raise ConfigError(unknown(f"value for {name}:", value, known))
+        for name in ("models", "kernels", "methods", "r"):
+            named_once(name, getattr(self, name))
         if not self.r:
             raise ConfigError(f"r is empty: name numbers of keys, or {EXACT}")
         for r in self.r:

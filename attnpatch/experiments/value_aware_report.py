@@ -35,7 +35,7 @@ def draw(models: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
         upper, lower = panels[:, column]
         upper.axhline(model["exact"]["perplexity"], color="black", linestyle=":", label="exact attention")
         upper.set_yscale("log")
-        upper.set_title(f"{model['kernel']}, {model['objective']}\nD = {model['head_dim']}", fontsize=9)
+        upper.set_title(f"{title(model)}\nD = {model['head_dim']}", fontsize=9)
         lower.set_xlabel("keys kept, r")
     panels[0][0].set_ylabel("perplexity")
     panels[1][0].set_ylabel("output error ||o - o~|| / ||o||")
@@ -43,11 +43,26 @@ def draw(models: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
     return figures.save(figure, stem)
 
 
+def title(model: Mapping[str, Any]) -> str:
+    """What was evaluated: the kernel, what it was trained with if not that, the objective, the seed."""
+    words = [model["kernel"], model["objective"]]
+    if model["kernel_trained"] != model["kernel"]:
+        words.insert(1, f"trained with {model['kernel_trained']}")
+    if model.get("seed") is not None:
+        words.append(f"seed {model['seed']}")
+    return ", ".join(words)
+
+
+def tables(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`table` of each."""
+    return [line for model in models for line in table(model)]
+
+
 def table(model: Mapping[str, Any]) -> list[str]:
     """One model's sweep as lines of Markdown: perplexity and output error of each method against r."""
     kept = sorted({row["r"] for row in model["rows"]})
     lines = [
-        f"{model['kernel']}, {model['objective']}: exact perplexity {model['exact']['perplexity']:.4g} over "
+        f"{title(model)}: exact perplexity {model['exact']['perplexity']:.4g} over "
         f"{model['exact']['predicted_tokens']:,} tokens, D = {model['head_dim']}",
         "",
         f"| | method | {' | '.join(f'r = {r}' for r in kept)} |",
@@ -64,4 +79,4 @@ def table(model: Mapping[str, Any]) -> list[str]:
 def _number(key: str, value: float) -> str:
     if key == "perplexity":
         return f"{value:.4g}"
-    return f"{value:.3f}" if value > 1e-4 else "0"  # what is left at r = D + 1 is rounding
+    return f"{value:.3f}" if value >= 5e-4 else f"{value:.1g}"

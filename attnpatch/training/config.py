@@ -28,6 +28,13 @@ def one_of(*values: str) -> dict[str, Any]:
     return {"choices": values}
 
 
+def named_once(key: str, items: Sequence[Any]) -> None:
+    """Raises ConfigError when something stands in a list twice: it would be done once and counted twice."""
+    for number, item in enumerate(items):
+        if item in items[:number]:
+            raise ConfigError(f"{key} has an item twice (number {number + 1}): name each once")
+
+
 def at_least(low: float, high: float | None = None) -> dict[str, Any]:
     """Field metadata: the range of a number, both ends included."""
     return {"low": low, "high": high}

@@ -68,8 +68,9 @@ def check_folder(key: str, folder: Path) -> None:
     for place in (folder, *folder.parents):
         if place.is_dir():
             return
-        if place.exists():
-            raise ConfigError(f"{key}={folder}: {place} is a file, not a folder; choose another {key}")
+        if place.exists() or place.is_symlink():
+            what = "a file, not a folder" if place.exists() else "a link that leads nowhere"
+            raise ConfigError(f"{key}={folder}: {place} is {what}; choose another {key}")
 
 
 def may_go_on(config: Any, out: Path, known_as: dict[str, Any], holds: bool) -> bool:
