@@ -338,6 +338,16 @@ def test_other_data_in_another_folder_is_another_section(tmp_path: Path) -> None
     assert list(together["experiments"]) == ["mlm"]
 
 
+def test_from_a_checkpoint_and_from_scratch_are_sections_of_their_own(tmp_path: Path) -> None:
+    put(tmp_path / "scratch", result(), result("neural", value=19.0))
+    weights = {"weights_sha256": ["a" * 64]}
+    put(tmp_path / "arms", result(pretrained=weights), result("neural", value=19.5, pretrained=weights))
+    document = write_report([tmp_path], tmp_path / "out")
+    assert list(document["experiments"]) == ["mlm (arms)", "mlm (scratch)"]
+    for section in document["experiments"].values():
+        assert [row["variant"] for row in section["metrics"]["test: perplexity"]["rows"]] == ["stock", "neural"]
+
+
 def test_links_lead_to_the_figures(tmp_path: Path) -> None:
     tree = result(experiment="value_aware masked")
     write_report(put(tmp_path, tree), tmp_path / "out")

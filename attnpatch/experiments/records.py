@@ -352,10 +352,11 @@ def _environment(data: Mapping[str, Any]) -> dict[str, str]:
 def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Runs by experiment, checked: the same data and measurement throughout, no seed of a variant twice.
 
-    Runs of an experiment on other data, or measured otherwise, are a group of their own when they lie in another
-    folder (FOLDER/RUN/results.json); in the same folder they are refused. Groups are in the papers' order, and named
-    by the experiment, with the folders where there are several. Fills each run's `label`. Raises ReportError that
-    names the files that do not belong together.
+    Runs of an experiment on other data, from another checkpoint, or measured otherwise, are a group of their own when
+    they lie in another folder (FOLDER/RUN/results.json). In the same folder they are refused, or, from another
+    checkpoint, variants of their own. Groups are in the papers' order, and named by the experiment, with the folders
+    where there are several. Fills each run's `label`. Raises ReportError that names the files that do not belong
+    together.
     """
     experiments: dict[str, list[Run]] = {}
     for run in runs:
@@ -400,7 +401,8 @@ def _studies(name: str, members: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _measurement(run: Run) -> str:
-    return json.dumps([run.data, run.signature], sort_keys=True)
+    # Training on from a checkpoint is another study than training from scratch.
+    return json.dumps([run.data, run.signature, run.settings.get("model.pretrained")], sort_keys=True, default=str)
 
 
 def _refuse_twins(name: str, members: Sequence[Run]) -> None:

@@ -19,7 +19,7 @@ from attnpatch.experiments.records import STOCK, Metric, ReportError, Run, find_
 from attnpatch.experiments.statistics import TEST, Comparison, compare, summary
 
 MANY_METRICS = 12
-"""Beyond so many (the cells of a grid), only the first has a table; all are in report.json."""
+"""Beyond so many, or where there is a table of all cells, only the first has its own; all are in report.json."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,11 @@ def _markdown(sections: Sequence[Section]) -> str:
         "",
     ]
     if len({section.runs[0].experiment for section in sections}) < len(sections):
-        lines += ["Sections of one experiment are on other data, or measured otherwise: they are not compared.", ""]
+        lines += [
+            "Sections of one experiment are on other data, from other checkpoints, or measured otherwise: they "
+            "are not compared.",
+            "",
+        ]
     for section in sections:
         lines += [f"## {section.experiment}", ""]
         for split, sums in section.runs[0].data.items():
@@ -260,7 +264,7 @@ def _markdown(sections: Sequence[Section]) -> str:
                 lines.append(f"- {split} data: {len(sums)} sets, checksums in report.json")
         lines += [f"- {note}" for note in section.notes] + [""]
         tables = list(section.tables.items())
-        shown = tables if len(tables) <= MANY_METRICS else tables[:1]
+        shown = tables[:1] if len(tables) > MANY_METRICS or section.details is not None else tables
         for metric, rows in shown:
             arrow = "higher" if metric.higher_is_better else "lower"
             lines += [f"### {metric} ({arrow} is better)", "", *_table(rows), ""]
