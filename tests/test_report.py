@@ -264,6 +264,19 @@ def test_the_repositorys_own_runs(tmp_path: Path) -> None:
             assert row["against"]["mean"] == pytest.approx(row["mean"] - stock["mean"])
 
 
+def test_the_page_has_the_numbers_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = RESULTS.parent / "docs" / "results.md"
+    page = tmp_path / "results.md"
+    page.write_bytes(kept.read_bytes())
+    monkeypatch.setattr("attnpatch.experiments.report._draw", lambda section, out: [])  # half a minute
+    write_report([RESULTS], tmp_path / "out", page)
+    assert page.read_text(encoding="utf-8") == kept.read_text(encoding="utf-8"), (
+        "run: attnpatch report results --output results/report --markdown docs/results.md"
+    )
+    for figure in re.findall(r"\]\((\.\./results/report/[^)]+)\)", kept.read_text(encoding="utf-8")):
+        assert (kept.parent / figure).is_file(), figure
+
+
 def test_other_processors_are_noted(tmp_path: Path) -> None:
     gpus = {"cpu": "a CPU", "gpus": ["NVIDIA H200", "NVIDIA H200"]}
     runs = result(), result("neural", machine=gpus), result("elu", machine={"cpu": "a CPU", "gpus": []})
