@@ -84,6 +84,10 @@ class Section:
         """For file names and links."""
         return re.sub(r"[^\w.-]+", "-", self.experiment).strip("-")
 
+    def table_name(self, metric: Metric | str) -> str:
+        """Under which the metric's table stands in report.json, and is asked for by a page."""
+        return f"{self.experiment} / {metric}"
+
     @property
     def details(self) -> tuple[Details, Any] | None:
         """How to show what the runs have beside their scores, and that."""
@@ -137,7 +141,7 @@ def write_report(paths: Iterable[str | Path], output: str | Path, page: str | Pa
         "experiments": {section.experiment: _to_dict(section) for section in sections},
         "tables": shown,
     }
-    write_text(out / "report.md", _markdown(sections))
+    write_text(out / "report.md", _markdown(sections, shown))
     write_json(out / "report.json", document, default=str)
     if page is not None and text is not None:
         write_text(Path(page).resolve(), text)
@@ -167,7 +171,7 @@ def _tables(section: Section) -> dict[str, str]:
     if section.details is not None:
         details, shown = section.details
         found["details"] = details.table(shown)
-    return {f"{section.experiment} / {name}": "\n".join(lines).rstrip() + "\n" for name, lines in found.items()}
+    return {section.table_name(name): "\n".join(lines).rstrip() + "\n" for name, lines in found.items()}
 
 
 def _rows(runs: Sequence[Run], metric: Metric) -> list[Row]:
@@ -242,7 +246,7 @@ def _to_dict(section: Section) -> dict[str, Any]:
 # ---- text ----
 
 
-def _markdown(sections: Sequence[Section]) -> str:
+def _markdown(sections: Sequence[Section], shown: Mapping[str, str]) -> str:
     lines = ["# Report", ""]
     lines += [
         f"Against stock: {TEST}; n is the number of seeds, the standard deviation is that of a sample (n - 1), and p "
@@ -263,17 +267,15 @@ def _markdown(sections: Sequence[Section]) -> str:
             else:
                 lines.append(f"- {split} data: {len(sums)} sets, checksums in report.json")
         lines += [f"- {note}" for note in section.notes] + [""]
-        tables = list(section.tables.items())
-        shown = tables[:1] if len(tables) > MANY_METRICS or section.details is not None else tables
-        for metric, rows in shown:
+        metrics = list(section.tables)
+        few = metrics[:1] if len(metrics) > MANY_METRICS or section.details is not None else metrics
+        for metric in few:
             arrow = "higher" if metric.higher_is_better else "lower"
-            lines += [f"### {metric} ({arrow} is better)", "", *_table(rows), ""]
-            lines += _bootstrap_table(rows)
-        if len(shown) < len(tables):
-            lines += [f"{len(tables) - len(shown)} more metrics are in report.json.", ""]
+            lines += [f"### {metric} ({arrow} is better)", "", shown[section.table_name(metric)]]
+        if len(few) < len(metrics):
+            lines += [f"{len(metrics) - len(few)} more metrics are in report.json.", ""]
         if section.details is not None:
-            details, shown_beside = section.details
-            lines += [f"### {details.heading}", "", *details.table(shown_beside)]
+            lines += [f"### {section.details[0].heading}", "", shown[section.table_name("details")]]
         lines += [f"![{name}]({name}.png)" for name in section.figures] + [""]
     return "\n".join(lines)
 
