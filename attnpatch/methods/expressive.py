@@ -27,11 +27,11 @@ class KernelScore(ScoreStage):
         self.degree = degree
 
     def weights(self, query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-        own = scale if self.scale is None else self.scale
-        return attention_weights(query, key, attn_mask, is_causal, own, self.kernel, self.degree)
+        kernel, degree, own = self.kernel_form(scale)
+        return attention_weights(query, key, attn_mask, is_causal, own, kernel, degree)
 
-    def kernel_form(self, scale: float) -> tuple[str, int, float] | None:
-        return (self.kernel, self.degree, scale if self.scale is None else self.scale)
+    def kernel_form(self, scale: float) -> tuple[str, int, float]:
+        return self.kernel, self.degree, scale if self.scale is None else self.scale
 
     def attend(
         self,
@@ -43,10 +43,8 @@ class KernelScore(ScoreStage):
         is_causal: bool,
         scale: float,
     ) -> Tensor:
-        own = scale if self.scale is None else self.scale
-        return kernel_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, own, kernel=self.kernel, degree=self.degree
-        )
+        kernel, degree, own = self.kernel_form(scale)
+        return kernel_attention(query, key, value, attn_mask, dropout_p, is_causal, own, kernel=kernel, degree=degree)
 
     def extra_repr(self) -> str:
         return f"{self.kernel}, scale={'model' if self.scale is None else self.scale}"
