@@ -370,7 +370,7 @@ def _with_triton(session: Session) -> Iterator[None]:
 def _step(session: Session, label: str, architecture: tuple[type, Any], spec: Any, batch: int, tokens: int) -> None:
     import torch
 
-    from attnpatch.bench.steps import matmul_flops, step
+    from attnpatch.bench.steps import over_flops, step
 
     settings = session.settings
     stock = step(architecture, None, batch, tokens, settings.device, bf16=True)
@@ -383,10 +383,7 @@ def _step(session: Session, label: str, architecture: tuple[type, Any], spec: An
     held = 0 if settings.device == "cpu" else torch.cuda.memory_allocated() / 2
     timed["memory"] = {"ratio": (peaks[0] + held) / (peaks[1] + held), "peak_bytes": peaks}
     if spec == "neural":
-        flops = [matmul_flops(run.model, batch, tokens) for run in (ours, stock)]
-        timed["flops_ratio"] = flops[0] / flops[1]
-        over = {key: value if key == "n" else value / timed["flops_ratio"] for key, value in timed["ratio"].items()}
-        timed["time_ratio_over_flops_ratio"] = over
+        timed |= over_flops(timed, ours.model, stock.model, batch, tokens)
     session.results.setdefault("roberta" if "base" in label else "steps", {})[label] = timed
     session.settings.say(f"{label}: {timed['ratio']['median']:.3f} times the stock step")
     session.write()

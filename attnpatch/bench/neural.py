@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnpatch.bench.steps import marian, matmul_flops, roberta, step
+from attnpatch.bench.steps import marian, over_flops, roberta, step
 from attnpatch.bench.timing import BenchmarkError, Settings, check_close, compare
 
 
@@ -23,22 +23,14 @@ def steps(settings: Settings) -> dict[str, Any]:
         for bf16 in (False, True):
             stock = step(architecture, None, batch, tokens, settings.device, bf16)
             neural = step(architecture, spec, batch, tokens, settings.device, bf16)
-            models = [run.model for run in (neural, stock)]
-            flops = [matmul_flops(model, batch, tokens) for model in models]
             if not bool(neural().isfinite()):
                 raise BenchmarkError(f"{name}: the loss is not finite; nothing was timed")
             timed = compare(neural, stock, settings.repeats, settings.device)
-            over = {
-                key: value / (flops[0] / flops[1]) if key != "n" else value for key, value in timed["ratio"].items()
-            }
+            over = over_flops(timed, neural.model, stock.model, batch, tokens)
             label = f"{name}, {'bf16' if bf16 else 'float32'}"
-            results[label] = timed | {
-                "flops_ratio": flops[0] / flops[1],
-                "time_ratio_over_flops_ratio": over,
-            }
-            settings.say(
-                f"{label}: {timed['ratio']['median']:.2f} times stock, {over['median']:.2f} over the FLOPs' ratio"
-            )
+            results[label] = timed | over
+            median = over["time_ratio_over_flops_ratio"]["median"]
+            settings.say(f"{label}: {timed['ratio']['median']:.2f} times stock, {median:.2f} over the FLOPs' ratio")
     return results
 
 

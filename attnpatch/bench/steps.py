@@ -105,6 +105,13 @@ def step(
     return TrainingStep(architecture, spec, batch, tokens, device, bf16)
 
 
+def over_flops(timed: dict[str, Any], ours: Any, stock: Any, batch: int, tokens: int) -> dict[str, Any]:
+    """The ratio of two models' FLOPs, and that of their times (`timed`, of `compare`) over it."""
+    flops = matmul_flops(ours, batch, tokens) / matmul_flops(stock, batch, tokens)
+    over = {key: value if key == "n" else value / flops for key, value in timed["ratio"].items()}
+    return {"flops_ratio": flops, "time_ratio_over_flops_ratio": over}
+
+
 def matmul_flops(model: Any, batch: int, tokens: int) -> int:
     """FLOPs of the matrix products in one forward pass, counted as they run."""
     import torch
