@@ -239,6 +239,24 @@ def test_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         check_before(False, DEEPSPEED)
 
 
+@pytest.mark.parametrize("script", ["train_sequences.py", "eval_value_aware.py"])
+def test_work_of_one_process_refuses_several(script: str, tmp_path: Path) -> None:
+    name = "nt-cpu" if script == "train_sequences.py" else "value-aware-cpu"
+    words = [] if name == "nt-cpu" else ["models=[nowhere]"]
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        ROOT / "scripts" / script,
+        ROOT / "configs" / f"{name}.yaml",
+        f"output.dir={out}",
+        *words,
+    ]
+    run = subprocess.run(command, env=environment(WORLD_SIZE="2"), capture_output=True, text=True)
+    assert run.returncode == 2, run.stderr
+    assert "the launch asked for 2 processes, and this script wants one" in run.stderr
+    assert not out.exists()
+
+
 def test_the_accelerator_has_the_last_word() -> None:
     check_accelerator(state(2, "FSDP"), FSDP)
     with pytest.raises(TrainingError, match="asked for FSDP, but the model would be trained as MULTI_GPU with 2"):

@@ -24,8 +24,8 @@ from attnpatch.experiments.sequences_report import by_spec, draw
 from attnpatch.spec import AttentionSpec
 from attnpatch.training.batching import IGNORE, SentenceBatchSampler
 from attnpatch.training.blocks import generator_for
-from attnpatch.training.distribution import hold, releases_folders
-from attnpatch.training.errors import RunPaused, TrainingError
+from attnpatch.training.distribution import check_alone, hold, releases_folders
+from attnpatch.training.errors import RunPaused
 from attnpatch.training.files import read_json, sha256_lines
 from attnpatch.training.losses import token_loss
 from attnpatch.training.modeling import check_activation, from_scratch
@@ -143,10 +143,9 @@ def run(config: SequencesConfig) -> dict[str, Any]:
     A cell that is finished is not trained again. Raises an AttnpatchError with one sentence for anything a person can
     mend, RunPaused among them.
     """
+    check_alone("these models are too small to be shared out")
     run = start_run(config)
     started, out, say = run.started, run.out, run.say
-    if run.state.num_processes > 1:
-        raise TrainingError("these models are too small to share: run train_sequences.py with one process")
     specs = config.parsed_specs()
     _claim(config, out)
     jobs = [(seed, cell, spec) for seed in config.seeds for cell in config.cells() for spec in specs]

@@ -8,7 +8,6 @@ them, and exact attention as the floor. `run` is what scripts/eval_value_aware.p
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -29,6 +28,7 @@ from attnpatch.stages.select import SelectStage
 from attnpatch.training.batching import IGNORE
 from attnpatch.training.blocks import FixedBlocks, make_blocks
 from attnpatch.training.bpe import load_fast_tokenizer
+from attnpatch.training.distribution import check_alone
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.files import read_json, sha256_file
 from attnpatch.training.lm_modeling import FAMILIES, check_block_size
@@ -92,8 +92,7 @@ def run(config: ValueAwareConfig) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     out = Path(config.output.dir)
     check_folder("output.dir", out)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise TrainingError("the sweep is one process's work: run eval_value_aware.py with one process")
+    check_alone("a sweep over trained models is not shared out")
     say = speaker(config.output.quiet, True)
     text = merge_text(load_text(config.data, "test"), "test")
     models = []

@@ -75,6 +75,13 @@ def check_before(cpu: bool, environment: Mapping[str, str] = os.environ) -> None
         )
 
 
+def check_alone(work: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Raises TrainingError when the launch asked for several processes for `work`, which is one's."""
+    asked = _processes(environment)
+    if asked is not None and asked > 1:
+        raise TrainingError(f"{work}: the launch asked for {asked} processes, and this script wants one")
+
+
 def check_launch(state: Any, environment: Mapping[str, str] = os.environ) -> None:
     """Compares what the launcher asked for with accelerate's state of this process.
 
