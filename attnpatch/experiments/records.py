@@ -51,6 +51,9 @@ _SIGNATURE = (
     "max_length",
 )
 
+# Of a grid's cell: what the grid's own table and figure show.
+_SHOWN_CELL = ("spec", "seed", "bases", "delays", "chance", "accuracy", "parameters")
+
 
 class ReportError(AttnpatchError, ValueError):
     """Results that are broken, or that must not be compared; the message names the files."""
@@ -221,8 +224,6 @@ def _sequence_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
         scores = {Metric("mean of the grid", "accuracy"): statistics.fmean(c["accuracy"] for c in cells)}
         scores |= {Metric(cell["cell"], "accuracy"): float(cell["accuracy"]) for cell in cells}
         steps = [entry["step"] for entry in cells[0]["train"]]
-        for cell in cells:  # what the grid's own table and figure show
-            _ = cell["bases"], cell["delays"], cell["chance"]
         curve = []
         for i, step in enumerate(steps):
             if all(len(c["train"]) > i for c in cells):
@@ -240,7 +241,7 @@ def _sequence_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
                 {},
                 {"training loss": curve} if curve else {},
                 _environment(data),
-                details=cells,
+                details=[{key: cell[key] for key in _SHOWN_CELL} for cell in cells],
             )
         )
     return runs
