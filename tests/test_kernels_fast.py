@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,62 @@ def test_the_compiled_loop(seed: int, name: str, tmp_path: Path) -> None:
     assert (torch.tensor(1e-40) * 0.5).item() > 0.0
 
 
+needs_whole_attention = pytest.mark.skipif(
+    native.unwanted() is not None or native.products() is None, reason="torch has no MKL, or there is no C compiler"
+)
+
+
+@needs_whole_attention
+@pytest.mark.parametrize("mask", fast_cases.MASKS)
+@pytest.mark.parametrize("kernel", [("expressive", 2), ("polynomial", 2)])
+def test_whole_attention_in_compiled_code(
+    seed: int, monkeypatch: pytest.MonkeyPatch, kernel: tuple[str, int], mask: str
+) -> None:
+    """It is what computes; the number of threads changes no bit; and from a thread of Python it is the same."""
+    taken = []
+    run = native.Native._run
+    monkeypatch.setattr(native.Native, "_run", staticmethod(lambda *x: (taken.append(x[0].__name__), run(*x))[1]))
+    inputs = fast_cases.make_inputs(37, 90, 8, torch.float32)
+    arguments = {**fast_cases.make_mask(mask, 37, 90), "kernel": kernel[0], "degree": kernel[1]}
+    grad = torch.randn(2, 3, 37, 8)
+
+    def attend() -> tuple[torch.Tensor, ...]:
+        return fast_cases.run("blocked", inputs, grad, torch.float32, **arguments)
+
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(attend())
+    finally:
+        torch.set_num_threads(before)
+    assert taken == [f"{kernel[0]}_attend", f"{kernel[0]}_attend_backward"] * 3
+    with ThreadPoolExecutor(1) as pool:
+        found.append(pool.submit(attend).result())
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mask", fast_cases.MASKS)
+def test_without_the_products_of_mkl(seed: int, monkeypatch: pytest.MonkeyPatch, mask: str) -> None:
+    monkeypatch.setattr(native, "products", lambda: None)
+    monkeypatch.setattr(native.Native, "_run", None)
+    for kernel in (("expressive", 2), ("polynomial", 2)):
+        fast_cases.check_against_oracle("blocked", kernel, mask, (37, 90), 5, torch.float32)
+        fast_cases.check_magnitudes("blocked", kernel, 1e19, (40, 70))
+    if native.unwanted() is None:
+        assert "torch has no MKL" in str(dispatch.describe()["compiled code of blocked"])
+
+
+@needs_whole_attention
+def test_more_threads_than_heads(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass shares out heads: with fewer of them than threads it goes from block to block."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(native.Native, "attend_backward", None)
+    fast_cases.check_against_oracle("blocked", ("expressive", 2), "heads", (37, 90), 5, torch.float32)
+
+
 def test_no_compiled_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler that fails, or none, is no error."""
     monkeypatch.setattr(native, "_library", native._library.__wrapped__)
@@ -92,7 +149,7 @@ def test_the_compilers_own_error_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_pa
     if native.unwanted() is not None:
         pytest.skip(str(native.unwanted()))
     assert "nonsense_here" in str(native.why_not())
-    assert "nonsense_here" in str(dispatch.describe()["compiled loop of blocked"])
+    assert "nonsense_here" in str(dispatch.describe()["compiled code of blocked"])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

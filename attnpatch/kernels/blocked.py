@@ -7,8 +7,8 @@ forward pass adds up f V and the row sums N = sum_j f_ij, and the backward pass 
 
     a = f / N,  da = dO V^T,  dz = (da - rowsum(dO * O)) / N * f'(z)
 
-The elementwise work is done in place, on buffers that stay in the cache, by torch or in one pass by a compiled loop
-(`attnpatch.kernels.native`). Rows that float32 cannot sum this way
+The elementwise work is done in place, on buffers that stay in the cache, by torch or in one pass by a compiled loop;
+float32 without dropout is compiled code as a whole (`attnpatch.kernels.native`). Rows that float32 cannot sum this way
 (N under- or overflows) are found by N and computed by the plain form.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnpatch.kernels.native import native
+from attnpatch.kernels.native import Native, native
 from attnpatch.kernels.score import attention_weights, compute_dtype, no_autocast
 
 BLOCK_QUERIES = 256
@@ -99,7 +99,7 @@ class _Strength:
         return z.sum(-1)
 
     def backward(self, z: Tensor, inner: Tensor, hide: Hide) -> None:
-        """z -> f(z), and inner -> inner * f'(z) up to `slope`."""
+        """z -> f(z), and inner -> inner * f'(z) up to a constant, see `_slope`."""
         if self._native is not None:
             self._native.backward(z, inner)
             return
@@ -131,10 +131,10 @@ class _Strength:
             z.clamp_(min=0.0).add_(other)
             inner.mul_(other)
 
-    @property
-    def slope(self) -> float:
-        """The constant factor of f'."""
-        return {"expressive": 2.0, "polynomial": float(self.rule.degree), "elu": 1.0}[self.rule.kernel]
+
+def _slope(rule: Rule) -> float:
+    """The constant factor of the scores' derivatives by query and key, which the passes leave out."""
+    return rule.scale * {"expressive": 2.0, "polynomial": float(rule.degree), "elu": 1.0}[rule.kernel]
 
 
 def _power(x: Tensor, exponent: int, other: Tensor) -> None:
@@ -246,14 +246,18 @@ class _Dropout:
         return keep.mul_(self._factor)
 
 
+def _large(query: Tensor, key: Tensor) -> bool:
+    """Whether a call is worth the compiled loop."""
+    return query.shape[:3].numel() * key.shape[2] >= COMPILED_FROM
+
+
 class _Workspace:
     """The buffers of one call: a few blocks, whatever the length."""
 
     def __init__(self, rule: Rule, query: Tensor, key: Tensor, gradient: bool) -> None:
         size = _buffer_size(rule)
         self.dtype = compute_dtype(query)
-        compiled = query.shape[:3].numel() * key.shape[2] >= COMPILED_FROM
-        self.strength = _Strength(rule, size, self.dtype, gradient, compiled)
+        self.strength = _Strength(rule, size, self.dtype, gradient, _large(query, key))
         self.dropout = _Dropout(rule, size, self.dtype) if rule.dropout_p > 0.0 else None
         self._buffers = [torch.empty(size, dtype=self.dtype) for _ in range(2 if gradient else 1)]
         self._views: dict[tuple[int, ...], list[Tensor]] = {}
@@ -330,6 +334,32 @@ def _chunks(
             number += 1
 
 
+def _compiled(rule: Rule, tensors: dict[str, Tensor]) -> Native | None:
+    """Attention in compiled code, if it can take this call."""
+    query, key = tensors["query"], tensors["key"]
+    # Threads share the heads in the backward pass, and the blocks of queries, too, in the forward pass.
+    parts = query.shape[0] * query.shape[1] * (1 if "grad" in tensors else -(-query.shape[2] // BLOCK_QUERIES))
+    if rule.dropout_p > 0.0 or not _large(query, key) or parts < torch.get_num_threads():
+        return None
+    whole = native(rule.kernel, rule.degree, query.dtype)
+    return whole if whole is not None and whole.takes(*tensors.values()) else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, or a copy where its rows overlap or are not in one piece, as those of an expanded gradient."""
+    return x if x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1] else x.contiguous()
+
+
+def _numbers(rule: Rule) -> dict[str, Any]:
+    blocks = {"block_queries": BLOCK_QUERIES, "block_keys": BLOCK_KEYS}
+    return {**blocks, "causal": rule.is_causal, "scale": rule.scale}
+
+
+def _sums_well(sums: Tensor) -> bool:
+    lowest, highest = torch.aminmax(sums)
+    return bool(lowest >= SMALLEST) and bool(highest <= LARGEST)
+
+
 def _plain_weights(rule: Rule, chunk: _Chunk, rows: Tensor, start: int) -> Tensor:
     """Weights of one query block [C, Tb, seen keys] in the plain form."""
     seen = chunk.visible(start, start + rows.shape[1])
@@ -362,6 +392,17 @@ def blocked_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, H, T, Dv] in query's dtype; what its rounding lost, for the backward pass; row sums [B, H, T]."""
     output, residual, sums = empty_outputs(query, value, training)
+    tensors = {"query": query, "key": key, "value": value, "output": output}
+    if (whole := _compiled(rule, tensors)) is not None:
+        keep = compact_mask(keep)
+        whole.attend(tensors, sums, keep, **_numbers(rule))
+        if not _sums_well(sums):
+            with no_autocast(query.device):
+                work = _Workspace(rule, query, key, gradient=False)
+                for number, batch, heads, mask in _chunks(query, key, keep, rule):
+                    chunk = _Chunk(rule, key[batch, heads], value[batch, heads], mask, work.dtype)
+                    _repair(rule, work, chunk, number, *(x[batch, heads] for x in (query, output, sums)))
+        return output, residual, sums
     (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], compact_mask(keep), rule)
     r = residual.view(o.shape) if residual.numel() else None
     with no_autocast(query.device):
@@ -389,8 +430,7 @@ def blocked_forward(
                     here_summed.zero_()
             # Not a number where the row is lost, which is repaired.
             summed.div_(total.unsqueeze(-1))
-            lowest, highest = torch.aminmax(total)
-            if not SMALLEST <= lowest <= highest <= LARGEST:
+            if not _sums_well(total):
                 _repair(rule, work, chunk, number, rows, summed, total)
             if summed is not target:
                 target.copy_(summed)
@@ -456,12 +496,26 @@ def blocked_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     grads = [torch.empty_like(x) for x in (query, key, value)]
+    tensors = {"query": query, "key": key, "value": value, "output": output, "grad": _rows(grad)}
+    tensors |= dict(zip(("dquery", "dkey", "dvalue"), grads, strict=True))
+    if (whole := _compiled(rule, tensors)) is not None:
+        keep = compact_mask(keep)
+        whole.attend_backward(tensors, sums.contiguous(), keep, slope=_slope(rule), **_numbers(rule))
+        if bool((sums == _PLAIN).any()):
+            work = _Workspace(rule, query, key, gradient=True)
+            for number, batch, heads, mask in _chunks(query, key, keep, rule):
+                chunk = _Chunk(rule, key[batch, heads], value[batch, heads], mask, work.dtype)
+                lost = torch.where(sums[batch, heads].unsqueeze(-1) == _PLAIN, grad[batch, heads], 0.0)
+                dq, dk, dv = (x[batch, heads] for x in grads)
+                seen = slice(chunk.first_key, chunk.n_keys)
+                _add_plain_gradients(rule, work, chunk, number, query[batch, heads], lost, dq, dk[:, seen], dv[:, seen])
+        return grads[0], grads[1], grads[2]
     (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], compact_mask(keep), rule)
     r = residual.view(o.shape) if residual.numel() else None
     g, dq, dk, dv = (x.reshape(y.shape) for x, y in zip((grad, *grads), (o, q, k, v), strict=True))
     with no_autocast(query.device):
         work = _Workspace(rule, query, key, gradient=True)
-        slope = rule.scale * work.strength.slope
+        slope = _slope(rule)
         for number, batch, heads, mask in _chunks(q, k, keep, rule):
             chunk = _Chunk(rule, k[batch, heads], v[batch, heads], mask, work.dtype)
             rows = q[batch, heads].to(work.dtype)

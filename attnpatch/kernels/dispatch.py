@@ -208,7 +208,10 @@ def describe() -> dict[str, object]:
             found[f"{device} {str(dtype).removeprefix('torch.')}"] = _gets(x)
     if _asked == "auto":
         found["below"] = f"{BLOCKED_FROM} scores a head the CPU takes plain"
-    found["compiled loop of blocked"] = native.why_not() or f"from {blocked.COMPILED_FROM} scores a call, in float32"
+    found["compiled code of blocked"] = native.why_not() or (
+        f"from {blocked.COMPILED_FROM} scores a call, in float32; "
+        + ("without dropout whole attention" if native.products() else "elementwise passes (torch has no MKL)")
+    )
     if triton_score is None:
         found["triton"] = _why_not_triton(torch.empty(0), torch.empty(0))
     else:

@@ -1,4 +1,7 @@
-"""The elementwise passes of `attnpatch.kernels.blocked` as one loop in C, where the machine has a C compiler.
+"""Score kernels in C, where the machine has a C compiler: elementwise passes over blocks, and whole attention.
+
+Whole attention (float32, no dropout) takes its matrix products from the MKL that torch is linked with; where there is
+none, `attnpatch.kernels.blocked` goes from block to block with torch's products and the passes alone.
 
 native.c is compiled when first wanted, in 0.1 s of processor time, and kept in the user's cache for this processor and
 compiler. Without a compiler, on a failure, or with ATTNPATCH_NATIVE=0, torch makes the passes; the results differ by
@@ -17,6 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +40,38 @@ _BACKWARD = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long)
 KERNELS = ("expressive", "polynomial")
 
 
+class _Tensor(ctypes.Structure):
+    """`struct tensor` and `struct mask` of native.c."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_long), ("head", ctypes.c_long), ("row", ctypes.c_long)]
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Tensor:
+        return cls(x.data_ptr(), *x.stride()[:3])
+
+    @classmethod
+    def mask(cls, keep: Tensor) -> _Tensor:
+        """A dimension of one element is broadcast."""
+        return cls(keep.data_ptr(), *(0 if keep.shape[i] == 1 else keep.stride(i) for i in range(3)))
+
+
+_SIZES = ("n_batch", "n_heads", "n_queries", "n_keys", "head_dim", "value_dim")
+
+
+class _Call(ctypes.Structure):
+    """`struct call` of native.c."""
+
+    _fields_ = [
+        ("gemm", ctypes.c_void_p),
+        *[(x, _Tensor) for x in ("query", "key", "value", "output", "grad", "dquery", "dkey", "dvalue", "keep")],
+        ("sums", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        *[(x, ctypes.c_long) for x in ("threads", *_SIZES, "block_queries", "block_keys", "causal")],
+        ("scale", ctypes.c_float),
+        ("slope", ctypes.c_float),
+    ]
+
+
 class Native:
     """The compiled functions of one kernel, on contiguous float32 blocks."""
 
@@ -43,6 +79,61 @@ class Native:
         self._forward, self._backward = library[f"{kernel}_forward"], library[f"{kernel}_backward"]
         self._forward.argtypes, self._forward.restype = _FORWARD, None
         self._backward.argtypes, self._backward.restype = _BACKWARD, None
+        self._attend, self._attend_backward = library[f"{kernel}_attend"], library[f"{kernel}_attend_backward"]
+        for function in (self._attend, self._attend_backward):
+            function.argtypes, function.restype = (ctypes.POINTER(_Call),), None
+
+    @staticmethod
+    def takes(*tensors: Tensor) -> bool:
+        """Whether whole attention can read and write them: rows of float32 numbers that are next to each other."""
+        return (
+            products() is not None
+            and (_openmp() is not None or torch.get_num_threads() == 1)
+            and all(
+                x.dtype == torch.float32 and x.stride(-1) == 1 and x.shape[-1] <= x.stride(-2) < 2**31 for x in tensors
+            )
+        )
+
+    def attend(self, tensors: dict[str, Tensor], sums: Tensor, keep: Tensor | None, **numbers: Any) -> None:
+        """query, key, value -> output and sums, which are written. Shapes, mask and `numbers`: `struct call`.
+
+        A row that sees no key is 0; where float32 cannot sum a row, it is left for the caller, who knows it by `sums`.
+        """
+        space = numbers["block_queries"] * numbers["block_keys"]
+        self._run(self._attend, space, tensors, sums, keep, numbers)
+
+    def attend_backward(self, tensors: dict[str, Tensor], sums: Tensor, keep: Tensor | None, **numbers: Any) -> None:
+        """All these and grad -> dquery, dkey and dvalue, which are written. Rows with sums <= 0 add nothing."""
+        rows = numbers["block_queries"]
+        space = rows * (2 * numbers["block_keys"] + tensors["value"].shape[-1] + 1)
+        self._run(self._attend_backward, space, tensors, sums, keep, numbers)
+
+    @staticmethod
+    def _run(
+        function: Any,
+        space: int,
+        tensors: dict[str, Tensor],
+        sums: Tensor,
+        keep: Tensor | None,
+        numbers: dict[str, Any],
+    ) -> None:
+        query, key, value = tensors["query"], tensors["key"], tensors["value"]
+        sizes = (*query.shape[:3], key.shape[2], query.shape[-1], value.shape[-1])
+        threads = torch.get_num_threads() if _openmp() else 1
+        workspace = torch.empty(space * threads, dtype=torch.float32)
+        call = _Call(
+            gemm=products(),
+            sums=sums.data_ptr(),
+            workspace=workspace.data_ptr(),
+            threads=threads,
+            **{name: _Tensor.of(x) for name, x in tensors.items()},
+            **dict(zip(_SIZES, sizes, strict=True)),
+            **numbers,
+        )
+        if keep is not None:
+            seen = (keep if keep.stride(-1) == 1 else keep.contiguous()).view(torch.uint8)
+            call.keep = _Tensor.mask(seen)
+        function(ctypes.byref(call))
 
     def forward(self, z: Tensor, sums: Tensor) -> None:
         """z -> f(z), in place; `sums` gets the sums over the last dimension."""
@@ -155,6 +246,19 @@ def _load(folder: Path) -> ctypes.CDLL:
     return library
 
 
+@functools.lru_cache
+def products() -> int | None:
+    """The address of sgemm of the MKL that torch is linked with, if it is; others' threads do not go with ours."""
+    if not torch.backends.mkl.is_available():
+        return None
+    try:
+        library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
+        return ctypes.cast(library.sgemm_, ctypes.c_void_p).value
+    except (OSError, AttributeError, StopIteration):
+        return None
+
+
+@functools.lru_cache
 def _openmp() -> Path | None:
     """The OpenMP library that torch runs on: its threads and their number serve the loops, too; another one would
     start threads of its own beside them."""
