@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from attnpatch.errors import SpecError
-from attnpatch.kernels import blocked, dispatch, native, score
+from attnpatch.kernels import blocked, dispatch, native, native_score, score
 
 KERNELS = [pytest.param(k, id=f"{k[0]}{k[1]}") for k in fast_cases.KERNELS]
 SIZES = [(1, 1), (1, 70), (70, 1), (37, 53), (64, 64), (90, 33), (33, 90)]
@@ -51,10 +52,10 @@ def test_blocked_without_the_compiled_loop(
 
 
 @pytest.mark.skipif(native.unwanted() is not None, reason=f"no compiled loop: {native.unwanted()}")
-@pytest.mark.parametrize("name", native.KERNELS)
+@pytest.mark.parametrize("name", native_score.KERNELS)
 def test_the_compiled_loop(seed: int, name: str, tmp_path: Path) -> None:
     """Built anew into an empty folder; each function against float64; and denormal numbers still exist."""
-    loop = native.Native(native._load(tmp_path), name)
+    loop = native_score.Native(native.load("score", tmp_path), name)
     assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
     z, inner = (torch.randn(2, 7, 131) * 10.0 ** torch.randint(-8, 5, (2, 7, 1)) for _ in range(2))
     exact = z.double().requires_grad_()
@@ -72,7 +73,8 @@ def test_the_compiled_loop(seed: int, name: str, tmp_path: Path) -> None:
 
 
 needs_whole_attention = pytest.mark.skipif(
-    native.unwanted() is not None or native.products() is None, reason="torch has no MKL, or there is no C compiler"
+    native.unwanted() is not None or native_score.products() is None,
+    reason="torch has no MKL, or there is no C compiler",
 )
 
 
@@ -84,8 +86,8 @@ def test_whole_attention_in_compiled_code(
 ) -> None:
     """It is what computes; the number of threads changes no bit; and from a thread of Python it is the same."""
     taken = []
-    run = native.Native._run
-    monkeypatch.setattr(native.Native, "_run", staticmethod(lambda *x: (taken.append(x[0].__name__), run(*x))[1]))
+    run = native_score.Native._run
+    monkeypatch.setattr(native_score.Native, "_run", staticmethod(lambda *x: (taken.append(x[0].__name__), run(*x))[1]))
     inputs = fast_cases.make_inputs(37, 90, 8, torch.float32)
     arguments = {**fast_cases.make_mask(mask, 37, 90), "kernel": kernel[0], "degree": kernel[1]}
     grad = torch.randn(2, 3, 37, 8)
@@ -110,8 +112,8 @@ def test_whole_attention_in_compiled_code(
 
 @pytest.mark.parametrize("mask", fast_cases.MASKS)
 def test_without_the_products_of_mkl(seed: int, monkeypatch: pytest.MonkeyPatch, mask: str) -> None:
-    monkeypatch.setattr(native, "products", lambda: None)
-    monkeypatch.setattr(native.Native, "_run", None)
+    monkeypatch.setattr(native_score, "products", lambda: None)
+    monkeypatch.setattr(native_score.Native, "_run", None)
     for kernel in (("expressive", 2), ("polynomial", 2)):
         fast_cases.check_against_oracle("blocked", kernel, mask, (37, 90), 5, torch.float32)
         fast_cases.check_magnitudes("blocked", kernel, 1e19, (40, 70))
@@ -123,29 +125,37 @@ def test_without_the_products_of_mkl(seed: int, monkeypatch: pytest.MonkeyPatch,
 def test_more_threads_than_heads(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward pass shares out heads: with fewer of them than threads it goes from block to block."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    monkeypatch.setattr(native.Native, "attend_backward", None)
+    monkeypatch.setattr(native_score.Native, "attend_backward", None)
     fast_cases.check_against_oracle("blocked", ("expressive", 2), "heads", (37, 90), 5, torch.float32)
 
 
-def test_no_compiled_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def builds_anew() -> Iterator[None]:
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+def test_no_compiled_loop(monkeypatch: pytest.MonkeyPatch, builds_anew: None) -> None:
     """A compiler that fails, or none, is no error."""
-    monkeypatch.setattr(native, "_library", native._library.__wrapped__)
     for compiler in ("/bin/false", None):
+        native.library.cache_clear()
         monkeypatch.setattr(native, "_compiler", lambda compiler=compiler: compiler)
-        assert native.native.__wrapped__("expressive", 2, torch.float32) is None
+        assert native_score.native.__wrapped__("expressive", 2, torch.float32) is None
         assert ("/bin/false" if compiler else "no C compiler") in str(native.why_not())
+    native.library.cache_clear()
     monkeypatch.setenv(native.VARIABLE, "0")
     assert native.VARIABLE in str(native.why_not())
+    native.library.cache_clear()
     monkeypatch.setenv(native.VARIABLE, "no")
     with pytest.raises(SpecError, match="'no'; it takes 1"):
-        native.native.__wrapped__("expressive", 2, torch.float32)
+        native_score.native.__wrapped__("expressive", 2, torch.float32)
 
 
-def test_the_compilers_own_error_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_compilers_own_error_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, builds_anew: None) -> None:
     """The real compiler on a source that is no C."""
-    (tmp_path / "broken.c").write_text("int x = nonsense_here;")
-    monkeypatch.setattr(native, "SOURCE", tmp_path / "broken.c")
-    monkeypatch.setattr(native, "_library", native._library.__wrapped__)
+    (tmp_path / "score.c").write_text("int x = nonsense_here;")
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
     if native.unwanted() is not None:
         pytest.skip(str(native.unwanted()))
     assert "nonsense_here" in str(native.why_not())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnpatch.kernels import select, vertex
+from attnpatch.kernels import native, select, vertex
 from attnpatch.kernels.score import attention_weights
 from attnpatch.kernels.select import top_r_weights, value_aware_weights
 
@@ -178,10 +178,19 @@ def test_oracle_against_enumeration(seed: int, head_dim: int) -> None:
     assert hits[1] >= hits[0]
 
 
+@pytest.mark.parametrize("form", ["compiled", "lockstep"])
 @pytest.mark.parametrize("mask", ["none", "keys", "causal"])
 @pytest.mark.parametrize("head_dim", [2, 9, 24])
-def test_exact_solver_by_itself(seed: int, head_dim: int, mask: str) -> None:
+def test_exact_solver_by_itself(
+    seed: int, monkeypatch: pytest.MonkeyPatch, head_dim: int, mask: str, form: str
+) -> None:
     """What the vertex solver calls solved is solved, and on plain values it solves nearly every row."""
+    if form == "lockstep":
+        monkeypatch.setattr(vertex, "library", lambda source: "not wanted")
+    elif native.unwanted() is not None:
+        pytest.skip(f"no compiled code: {native.unwanted()}")
+    search, left = vertex._search, []
+    monkeypatch.setattr(vertex, "_search", lambda *x: (left.append(int(x[4].sum())), search(*x)))
     n_key, n_query = 4 * head_dim + 3, 4 * head_dim + 3
     for sharpness in (0.2, 1.0, 5.0):
         weights = random_weights(3, n_query, n_key, sharpness=sharpness)
@@ -198,9 +207,29 @@ def test_exact_solver_by_itself(seed: int, head_dim: int, mask: str) -> None:
         assert not sparse[~solved].any()
         # Under a causal mask the keys that all rows see are few, and may not span the space.
         assert mask == "causal" or solved[wanted].double().mean() > 0.9
+        if form == "compiled" and mask == "none":
+            # One row in 20,000 is left for the search in float64.
+            assert sum(left) <= 0.05 * wanted.sum()
+            left.clear()
         check_form(weights[solved], sparse[solved], head_dim + 1)
         size = float(value.abs().max())
         assert error(weights, sparse, value)[solved].max() < 1e-12 * size
+
+
+@pytest.mark.skipif(native.unwanted() is not None, reason=f"no compiled code: {native.unwanted()}")
+def test_exact_solver_on_any_number_of_threads(seed: int) -> None:
+    """Rows are solved one by one: not a bit hangs on who solves them."""
+    weights, value = random_weights(3, 40, 90, sharpness=2.0), randn(3, 90, 17)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(vertex.solve_exactly(weights, value, torch.ones(3, 40, dtype=torch.bool)))
+    finally:
+        torch.set_num_threads(before)
+    for sparse, solved in found:
+        assert solved.all()
+        assert torch.equal(sparse, found[0][0])
 
 
 def test_exact_solver_gives_up_on_flat_values(seed: int) -> None:

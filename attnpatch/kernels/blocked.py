@@ -8,8 +8,8 @@ forward pass adds up f V and the row sums N = sum_j f_ij, and the backward pass 
     a = f / N,  da = dO V^T,  dz = (da - rowsum(dO * O)) / N * f'(z)
 
 The elementwise work is done in place, on buffers that stay in the cache, by torch or in one pass by a compiled loop;
-float32 without dropout is compiled code as a whole (`attnpatch.kernels.native`). Rows that float32 cannot sum this way
-(N under- or overflows) are found by N and computed by the plain form.
+float32 without dropout is compiled code as a whole (`attnpatch.kernels.native_score`). Rows that float32 cannot sum
+this way (N under- or overflows) are found by N and computed by the plain form.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnpatch.kernels.native import Native, native
+from attnpatch.kernels.native_score import Native, native
 from attnpatch.kernels.score import attention_weights, compute_dtype, no_autocast
 
 BLOCK_QUERIES = 256

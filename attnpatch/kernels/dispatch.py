@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attnpatch.errors import SpecError
-from attnpatch.kernels import blocked, native
+from attnpatch.kernels import blocked, native, native_score
 from attnpatch.kernels.blocked import blocked_attention_op
 from attnpatch.kernels.score import check_name, default_scale, plain_attention
 
@@ -210,7 +210,7 @@ def describe() -> dict[str, object]:
         found["below"] = f"{BLOCKED_FROM} scores a head the CPU takes plain"
     found["compiled code of blocked"] = native.why_not() or (
         f"from {blocked.COMPILED_FROM} scores a call, in float32; "
-        + ("without dropout whole attention" if native.products() else "elementwise passes (torch has no MKL)")
+        + ("without dropout whole attention" if native_score.products() else "elementwise passes (torch has no MKL)")
     )
     if triton_score is None:
         found["triton"] = _why_not_triton(torch.empty(0), torch.empty(0))

@@ -13,10 +13,13 @@ runs in float32; its weights are refined against the float64 values and checked.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from attnpatch.kernels.native import library, openmp
 
 CANDIDATES = 8
 """Keys compared in each exchange."""
@@ -56,6 +59,15 @@ def solve_exactly(weights: Tensor, values: Tensor, wanted: Tensor) -> tuple[Tens
     rows = _ROWS_CPU if weights.device.type == "cpu" else _ROWS_GPU
     for dtype in (torch.float32, torch.float64):
         tableau = _Tableau.of(frame, dtype)
+        if (
+            dtype == torch.float32
+            and weights.device.type == "cpu"
+            and _search_compiled(frame, tableau, weights, wanted, sparse, solved)
+        ):
+            wanted = wanted & ~solved
+            if not bool(wanted.any()):
+                break
+            continue
         count = int(wanted.sum(dim=-1).max())
         # The wanted rows of each group first; groups with fewer are filled up with rows that are finished.
         order = torch.argsort((~wanted).to(torch.int8), dim=1, stable=True)
@@ -173,6 +185,44 @@ class _Tableau:
             steepness.to(dtype),
             torch.bmm(frame.target, frame.inverse).to(dtype),
         )
+
+
+_READ = (
+    *("columns", "rows", "steepness", "coordinates"),  # of the tableau
+    *("points", "target", "inverse", "spread"),  # of the frame
+    *("weights", "basis", "wanted"),
+)
+_SIZES = ("threads", "n_group", "n_query", "n_key", "n_slot", "size", "heaviest", "few")
+
+
+class _Search(ctypes.Structure):
+    """`struct search` of vertex.c."""
+
+    _fields_ = [
+        *[(x, ctypes.c_void_p) for x in (*_READ, "sparse", "solved", "workspace")],
+        *[(x, ctypes.c_long) for x in _SIZES],
+    ]
+
+
+def _search_compiled(
+    frame: _Frame, tableau: _Tableau, weights: Tensor, wanted: Tensor, sparse: Tensor, solved: Tensor
+) -> bool:
+    """Solve the rows `wanted` into `sparse` and `solved`; False, and nothing is done, where there is no compiler."""
+    code = library("vertex")
+    if isinstance(code, str):
+        return False
+    n_group, n_query, n_key = weights.shape
+    size, n_slot = frame.points.shape[-1], tableau.n_slot
+    heaviest = max(0, min(int(HEAVIEST * size), n_key - size))
+    threads = torch.get_num_threads() if openmp() else 1
+    code.vertex_space.argtypes, code.vertex_space.restype = (ctypes.c_long, ctypes.c_long), ctypes.c_long
+    read = vars(tableau) | vars(frame) | {"weights": weights, "wanted": wanted}
+    held = {name: read[name].contiguous() for name in _READ} | {"sparse": sparse, "solved": solved}
+    held["workspace"] = torch.empty(threads * code.vertex_space(size, n_slot), dtype=torch.float64)
+    sizes = (threads, n_group, n_query, n_key, n_slot, size, heaviest, int(FEW * size))
+    call = _Search(**{name: x.data_ptr() for name, x in held.items()}, **dict(zip(_SIZES, sizes, strict=True)))
+    code.vertex_search(ctypes.byref(call))
+    return True
 
 
 @dataclass

@@ -1,4 +1,4 @@
-/* Score kernels in C, built by native.py: the elementwise passes over one block of scores, each in a single pass where
+/* Score kernels in C, used by native_score.py: the elementwise passes over one block of scores, each in a single pass where
    torch needs four to seven, and whole attention, block by block, with the matrix products of a BLAS.
 
    By torch's threads where it runs on GNU OpenMP. Compiled with -ffast-math: sums are reassociated, a division is a
