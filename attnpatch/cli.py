@@ -297,7 +297,8 @@ def report(
 @app.command()
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Benchmarks, or parts such as toolkit.convert; all if none is named.")
+        list[str] | None,
+        typer.Argument(help="Benchmarks, or parts such as toolkit.convert; else all but four."),
     ] = None,
     repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Of each pair that is timed; 5.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="On a CPU; all if not given.")] = None,

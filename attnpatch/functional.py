@@ -1,6 +1,6 @@
 """The methods as plain functions on tensors: query [B, H, T, D], key and value [B, H, S, D].
 
-Each takes the arguments of `torch.nn.functional.scaled_dot_product_attention`, and its own by keyword.
+Each `*_attention` takes the arguments of `torch.nn.functional.scaled_dot_product_attention`, and its own by keyword.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Scores trained language models with r keys for each query: top-r (OVO), practical selectors, the oracle (OVA).
 
-    python scripts/eval_value_aware.py configs/value-aware-cpu.yaml models=[RUN/model,...] data.dir=PATH [key=value ...]
+    python scripts/eval_value_aware.py configs/value-aware-cpu.yaml models=[RUN/model,...] data.dir=PATH/wikitext [...]
 
 Loss, perplexity and output error against r, exact attention as the floor: results.json and a figure in output.dir.
 `--smoke` does all of it in less than a minute, with two blocks and two r, to see that it works. `--debug` shows

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Fine-tunes BERT or RoBERTa, stock or patched attention, on a task of GLUE; metrics, calibration, robustness, MMD.
 
-    accelerate launch scripts/train_classifier.py configs/glue-cpu.yaml data.dir=PATH task.name=rte [key=value ...]
+    accelerate launch scripts/train_classifier.py configs/glue-cpu.yaml data.dir=PATH/glue task.name=rte [key=value ...]
 
 One run is one task (sst2, cola, rte, mrpc, stsb), one spec and one seed, in a folder of its own (output.dir). The keys
 are those of the config file, with dots: training.epochs=2. `--smoke` does all of it in less than a minute, with few

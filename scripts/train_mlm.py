@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains a masked language model (RoBERTa or BERT, stock or patched attention) or its decoder twin; perplexity.
 
-    accelerate launch scripts/train_mlm.py configs/wikitext-cpu.yaml data.dir=PATH [key=value ...]
+    accelerate launch scripts/train_mlm.py configs/wikitext-cpu.yaml data.dir=PATH/wikitext [key=value ...]
 
 The keys are those of the config file, with dots: training.max_steps=50. `--smoke` does all of it in
 less than a minute, with few steps and little data, to see that it works. `--debug` shows tracebacks, `--plugin MODULE`

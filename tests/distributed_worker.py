@@ -189,7 +189,37 @@ def fsdp(out: Path, seed: int, rank: int) -> dict[str, Any]:
     return found
 
 
-CASES: tuple[Callable[[Path, int, int], dict[str, Any]], ...] = (ddp, not_finite, fully_sharded, fsdp)
+def zero(out: Path, seed: int, rank: int) -> dict[str, Any]:
+    """DeepSpeed itself, on the CPU, with the settings that accelerate makes of configs/accelerate/zero*.yaml."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    import yaml
+    from accelerate.utils import DeepSpeedPlugin
+
+    deepspeed.init_distributed("gloo")
+    found: dict[str, Any] = {}
+    for stage in (2, 3):
+        text = (Path(__file__).parents[1] / "configs" / "accelerate" / f"zero{stage}.yaml").read_text()
+        given = yaml.safe_load(text)["deepspeed_config"]
+        del given["deepspeed_multinode_launcher"]
+        settings = DeepSpeedPlugin(**given).deepspeed_config
+        settings |= {"train_micro_batch_size_per_gpu": 2, "train_batch_size": 4, "gradient_accumulation_steps": 1}
+        settings |= {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
+        for family in FAMILIES:
+            model = family_model(family, seed)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+            engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+            batch, losses = family_batch(family, seed, slice(2 * rank, 2 * rank + 2)), []
+            for _ in range(STEPS):
+                loss = engine(**batch).loss
+                losses.append(loss.item())
+                engine.backward(loss)
+                engine.step()
+            found[f"{family} {stage}"] = losses
+    return found
+
+
+CASES: tuple[Callable[[Path, int, int], dict[str, Any]], ...] = (ddp, not_finite, fully_sharded, fsdp, zero)
 
 
 def main() -> None:

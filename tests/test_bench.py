@@ -300,7 +300,7 @@ def test_sides_that_do_other_work_are_not_compared() -> None:
 
 def test_the_stock_step_is_measured_in_forks() -> None:
     """One turn of one pair; the script itself must not import attnpatch, or there would be nothing to compare."""
-    from attnpatch.bench.toolkit import child
+    from attnpatch.bench.timing import child
 
     script = Path(bench.__file__).with_name("stock_step.py")
     found = child(script, "1", "1", "1")

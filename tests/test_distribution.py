@@ -60,7 +60,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     def of(case: str) -> list[Any]:
         files = [out / f"{case}-{rank}.pt" for rank in (0, 1)]
         if not files[1].exists():
-            cases = ["fsdp"] if case == "fsdp" else ["ddp", "not_finite", "fully_sharded"]
+            cases = [case] if case in ("fsdp", "zero") else ["ddp", "not_finite", "fully_sharded"]
             done = torchrun(ROOT / "tests" / "distributed_worker.py", out, str(seed), *cases)
             assert done.returncode == 0, done.stderr[-4000:]
         return [torch.load(file, weights_only=False) for file in files]
@@ -130,6 +130,18 @@ def test_a_fully_sharded_model_trains_saves_and_reloads(two: SimpleNamespace, fa
         expected, logits = model.eval()(**batch).logits, again(**batch).logits
     torch.testing.assert_close(logits, ranks[0]["logits"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits, expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_zero_trains_as_one_process(two: SimpleNamespace, family: str, stage: int) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install deepspeed)")
+    losses = steps(family_model(family, two.seed), family_batch(family, two.seed, slice(0, 4)))
+    ranks = [found[f"{family} {stage}"] for found in two.of("zero")]
+    means = [sum(pair) / 2 for pair in zip(*ranks, strict=True)]
+    assert losses[0] != losses[-1]
+    assert means == pytest.approx(losses, rel=2e-4)
 
 
 @pytest.mark.slow

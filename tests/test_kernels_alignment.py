@@ -367,14 +367,43 @@ def test_gradient_reversal():
     assert torch.equal(g, -0.5 * torch.arange(3.0))
 
 
-def test_reversed_parameters_leave_the_input_gradient_alone():
-    net, x = an.Critic(D, 6), torch.randn(7, D, requires_grad=True)
+class OwnCritic(an.Critic):
+    """No class of ours: autograd differentiates it."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_adversary_reverses_its_parameters_gradients_alone(dtype):
+    net, x = OwnCritic(D, 6).to(dtype), torch.randn(7, D, requires_grad=True)
     direction = torch.randn(7, D)
     leaves = [x, *net.parameters()]
-    want = torch.autograd.grad((net(x) * direction).sum(), leaves)
-    got = torch.autograd.grad((functional_call(net, an.reversed_parameters(net), (x,)) * direction).sum(), leaves)
+    want, got = (
+        torch.autograd.grad((an.apply_network(net, x, adversary) * direction).sum(), leaves)
+        for adversary in (False, True)
+    )
+    assert want[0].any()
     assert torch.equal(got[0], want[0])
     assert all(torch.equal(g, -w) for g, w in zip(got[1:], want[1:], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adversary", [False, True])
+def test_parameters_that_are_there_while_their_module_runs(adversary, dtype):
+    """As under DeepSpeed's ZeRO-3, which gathers them in hooks of each module and knows them by `ds_id`."""
+    net, x = an.Critic(D, 6).to(dtype), torch.randn(7, D)
+    want = net(x.to(dtype)).float()
+    for part in net.modules():
+        whole = {name: p.data for name, p in part.named_parameters(recurse=False)}
+
+        def put(part, whole=whole, there=True):
+            for name, data in whole.items():
+                getattr(part, name).data = data if there else data.new_empty(0)
+
+        for p in part.parameters(recurse=False):
+            p.ds_id = 1
+        put(part, there=False)
+        part.register_forward_pre_hook(lambda part, inputs, put=put: put(part))
+        part.register_forward_hook(lambda part, inputs, out, put=put: put(part, there=False))
+    torch.testing.assert_close(an.apply_network(net, x, adversary), want)
 
 
 def gradients_of(net, x, direction, apply):

@@ -142,10 +142,10 @@ def test_no_compiled_loop(monkeypatch: pytest.MonkeyPatch, builds_anew: None) ->
         native.library.cache_clear()
         monkeypatch.setattr(native, "_compiler", lambda compiler=compiler: compiler)
         assert native_score.native.__wrapped__("expressive", 2, torch.float32) is None
-        assert ("/bin/false" if compiler else "no C compiler") in str(native.why_not())
+        assert ("/bin/false" if compiler else "no C compiler") in str(native.why_not("score"))
     native.library.cache_clear()
     monkeypatch.setenv(native.VARIABLE, "0")
-    assert native.VARIABLE in str(native.why_not())
+    assert native.VARIABLE in str(native.why_not("score"))
     native.library.cache_clear()
     monkeypatch.setenv(native.VARIABLE, "no")
     with pytest.raises(SpecError, match="'no'; it takes 1"):
@@ -158,7 +158,7 @@ def test_the_compilers_own_error_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     if native.unwanted() is not None:
         pytest.skip(str(native.unwanted()))
-    assert "nonsense_here" in str(native.why_not())
+    assert "nonsense_here" in str(native.why_not("score"))
     assert "nonsense_here" in str(dispatch.describe()["compiled code of blocked"])
 
 

@@ -101,8 +101,8 @@ def test_one_variable_names_the_folder_of_all_data(monkeypatch: pytest.MonkeyPat
     for name in ("deen-base-cpu", "deen-base-gpu", "ted-neural-cpu", "ted-neural-gpu"):
         assert load_config(MarianTrainingConfig, CONFIGS / f"{name}.yaml").data.dir == "/there"
     for name in ("wikitext-cpu", "wikitext-gpu"):
-        assert load_config(MLMTrainingConfig, CONFIGS / f"{name}.yaml").data.dir == "/there"
-    assert load_config(ValueAwareConfig, CONFIGS / "value-aware-cpu.yaml", ["models=[a]"]).data.dir == "/there"
+        assert load_config(MLMTrainingConfig, CONFIGS / f"{name}.yaml").data.dir == "/there/wikitext"
+    assert load_config(ValueAwareConfig, CONFIGS / "value-aware-cpu.yaml", ["models=[a]"]).data.dir == "/there/wikitext"
     monkeypatch.delenv("ATTNPATCH_DATA")
     assert load_config(MarianTrainingConfig, path).data.dir == "data/multi30k"
 

@@ -8,10 +8,7 @@ the peak of one forward and backward pass over what was there before, in a fresh
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnpatch.bench.timing import BenchmarkError, Settings, summary
+from attnpatch.bench.timing import BenchmarkError, Settings, child, summary
 from attnpatch.kernels import dispatch, score
 
 KERNELS = ("expressive", "polynomial", "elu")
@@ -151,8 +148,8 @@ def peak(kernel: str, implementation: str, causal: bool, length: int, head_dim: 
 
 def peak_apart(*arguments: Any) -> int:
     """`peak` in a fresh process, so that nothing freed before is there to be used again."""
-    command = [sys.executable, "-m", __name__, json.dumps([*arguments, torch.get_num_threads()])]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    code = f"import torch; from attnpatch.bench.score import peak; torch.set_num_threads({torch.get_num_threads()})"
+    return int(child(f"{code}; print(peak(*{arguments!r}))"))
 
 
 def operator(settings: Settings, causal: bool = False) -> dict[str, Any]:
@@ -208,8 +205,3 @@ def _row(
 
 
 PARTS = {"operator": operator, "causal": lambda settings: operator(settings, causal=True)}
-
-if __name__ == "__main__":
-    *arguments, threads = json.loads(sys.argv[1])
-    torch.set_num_threads(threads)
-    print(peak(*arguments))

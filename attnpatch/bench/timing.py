@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +35,22 @@ class Settings:
     device: str = "cpu"
     data: Path | None = None
     say: Callable[[str], None] = print
+
+
+def child(code: str | Path, *arguments: str) -> Any:
+    """What the last line says, in JSON, that a process of its own printed: of code, or of a file with code.
+
+    Raises:
+        BenchmarkError: it failed.
+    """
+    # -P: modules beside the file do not hide those of the same name.
+    command = ["-c", code] if isinstance(code, str) else ["-P", str(code)]
+    done = subprocess.run(
+        [sys.executable, *command, *arguments], capture_output=True, text=True, check=False, env=os.environ
+    )
+    if done.returncode:
+        raise BenchmarkError(f"a benchmark process failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def summary(values: list[float]) -> dict[str, float]:

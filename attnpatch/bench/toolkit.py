@@ -12,17 +12,13 @@ Measures, interleaved, median and spread (min to max):
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from attnpatch.bench.steps import marian, roberta, specs, step
-from attnpatch.bench.timing import BenchmarkError, Settings, compare, peak_bytes, summary
+from attnpatch.bench.timing import BenchmarkError, Settings, child, compare, peak_bytes, summary
 
 PAIRS, TURNS, STEPS = 8, 15, 4
 """Of the stock step: pairs of processes, turns of each pair, steps in a turn of a process."""
@@ -45,19 +41,6 @@ seconds = time.perf_counter() - start
 peak = high_water()
 print(json.dumps({"seconds": seconds, "libraries_kib": before, "peak_kib": peak}))
 """
-
-
-def child(code: str | Path, *arguments: str) -> dict[str, Any]:
-    """The JSON object in the last line that a process printed: of code, or of a file with code."""
-    # -P: modules beside the file do not hide those of the same name.
-    command = ["-c", code] if isinstance(code, str) else ["-P", str(code)]
-    done = subprocess.run(
-        [sys.executable, *command, *arguments], capture_output=True, text=True, check=False, env=os.environ
-    )
-    if done.returncode:
-        raise BenchmarkError(f"a benchmark process failed:\n{done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
 
 
 def bench_import(settings: Settings) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Sides:
     def __init__(self, data: Path, folder: Path, splits: dict[str, str], threads: int, device: str) -> None:
         settings = folder / "settings.yaml"
         settings.write_text(SETTINGS, encoding="utf-8")
-        self.settings, self.folder, self.device = settings, folder, device
+        self.settings, self.folder, self.device, self.kept = settings, folder, device, folder / "kept"
         self.words = [f"data.dir={data}", *(f"data.{k}={v}" for k, v in splits.items())]
         self.words += [
             f"training.threads={threads}",
@@ -81,6 +81,11 @@ class Sides:
                 training__max_steps=steps, training__precision=precision, training__evaluate_every=evaluate, **settings
             )
         )
+
+    def of_the_kept(self) -> dict[str, Any]:
+        """Settings of a run that translates the test text with the model in `kept`: one update that changes nothing."""
+        words = {"model__pretrained": str(self.kept), "tokenizer__path": str(self.kept), "generation__test": "true"}
+        return {**words, "training__learning_rate": 0.0}
 
     def load(self) -> tuple[Any, Any]:
         """The model that the last run of ours saved, and its tokenizer, as the example loads them."""
@@ -190,13 +195,15 @@ class Sides:
 
 
 def check(sides: Sides, steps: int) -> dict[str, Any]:
-    """Trains a model that has learnt to end its sentences (else decoding would measure max_length), and holds both
-    sides' loss and translations of the test text against each other, in float32.
+    """Trains the model that is to be decoded, into `sides.kept`, and holds both sides' loss and translations of the
+    test text against each other, in float32.
 
     Raises:
         BenchmarkError: they disagree.
     """
-    first = sides.ours(steps, "fp32", training__evaluate_every=steps, generation__test="true")
+    trained = sides.ours(steps, "auto", generation__test="false")
+    (sides.folder / "run" / "model").rename(sides.kept)
+    first = sides.ours(1, "fp32", training__evaluate_every=1, **sides.of_the_kept())
     gap = abs(first["dev"][-1]["loss"] - sides.loss())
     if not gap < 1e-4:
         raise BenchmarkError(f"the sides disagree: the losses of one model on one text differ by {gap:.2e}")
@@ -206,7 +213,7 @@ def check(sides: Sides, steps: int) -> dict[str, Any]:
     same = sum(a == b for a, b in zip(ours, peer, strict=True)) / len(peer)
     if same < 0.99:
         raise BenchmarkError(f"the sides disagree: only {same:.1%} of the translations are equal in float32")
-    pairs = max(round(len(sides.texts["train"]) * first["epochs"] / first["steps"]), 1)
+    pairs = max(round(len(sides.texts["train"]) * trained["epochs"] / trained["steps"]), 1)
     return {"updates": steps, "loss_gap": gap, "equal_translations": same, "pairs_per_update": pairs}
 
 
@@ -217,8 +224,6 @@ def measure(sides: Sides, steps: int, repeats: int, trained: int, say: Callable[
         BenchmarkError: the sides disagree in what they compute, or do not do the same work.
     """
     checked = check(sides, trained)
-    kept = sides.folder / "kept"
-    (sides.folder / "run" / "model").rename(kept)
     fast = "bf16" if use_bf16("auto", sides.device == "cpu") else "fp32"
     rates: dict[str, list[float]] = {"ours": [], "example, fp32": [], "example, bf16": []}
     tokens: dict[str, list[float]] = {name: [] for name in rates}
@@ -237,12 +242,10 @@ def measure(sides: Sides, steps: int, repeats: int, trained: int, say: Callable[
     training = {"updates": steps, "precision_of_ours": fast, "target_tokens_per_update": per_update}
     training |= _ratios(rates)
 
-    words = {"model__pretrained": str(kept), "tokenizer__path": str(kept), "generation__test": "true"}
     decoding_rates: dict[str, list[float]] = {"ours": []}
     count = len(sides.texts["test"])
     for _ in range(repeats):
-        # One update at a learning rate of zero: what is decoded is the model that was kept.
-        result = sides.ours(1, "auto", training__learning_rate=0.0, **words)
+        result = sides.ours(1, "auto", **sides.of_the_kept())
         scores = next(iter(result["scores"].values()))
         decoding_rates["ours"].append(count / scores["seconds"])
         for precision, size in PEERS_IN_DECODING:
@@ -289,9 +292,10 @@ def synthetic(folder: Path) -> Path:
     return folder
 
 
-UPDATES, TRAINED, SENTENCES, PAIRS = 10, 120, 100, 8000
-"""Timed updates of each side in each repeat, those of the model that is decoded, sentences that it translates, and
-pairs that there are to train on."""
+UPDATES, TRAINED, SENTENCES, PAIRS = 10, 300, 300, 8000
+"""Timed updates of each side in each repeat, those of the model that is decoded (enough that its translations are about
+as long as they should be: with 120 many run to the longest allowed), sentences that it translates, and pairs that there
+are to train on."""
 PEERS_IN_DECODING = (("fp32", 8), ("bf16", 64))
 """The example's defaults, and the fastest form of the same."""
 

@@ -441,7 +441,7 @@ def alignment_loss(
         elif method == "mmd":
             loss = _mean_discrepancy(tokens, width)
         elif discriminator is None:
-            raise SpecError("method='gan' needs a discriminator, for instance Discriminator(head_dim, hidden)")
+            raise SpecError("method='gan' needs a discriminator (attnpatch.kernels.alignment_networks.Discriminator)")
         else:
             loss = _adversarial(tokens, discriminator)
         return _reduce(loss, tokens.q_valid, tokens.k_valid, reduction)

@@ -37,11 +37,6 @@ def gradient_reversal(x: Tensor, scale: float = 1.0) -> Tensor:
     return _GradientReversal.apply(x, scale)
 
 
-def reversed_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of `module` by name, with reversed gradients: for `torch.func.functional_call`."""
-    return {name: gradient_reversal(parameter) for name, parameter in module.named_parameters()}
-
-
 class _Network(nn.Module):
     """Linear layers on [..., head_dim], one network for all heads of a layer."""
 
@@ -119,8 +114,21 @@ def apply_network(module: nn.Module | None, x: Tensor, adversary: bool = False) 
     if _is_fused(module, x):
         weights = (None if p is None else p.to(x.dtype) for p in _ordered(module))
         return _Narrow.apply(x, adversary, type(module) is Discriminator, *weights)
-    parameters = reversed_parameters(module) if adversary else dict(module.named_parameters())
-    return functional_call(module, {name: p.to(x.dtype) for name, p in parameters.items()}, (x,))
+    if not adversary:
+        return _called(module, x)
+    # Twice reversed for x, once for the parameters, which stay the module's own: ZeRO-3 knows no others.
+    return gradient_reversal(_called(module, gradient_reversal(x)))
+
+
+def _called(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), computed in the dtype of x."""
+    others = [p.dtype for p in module.parameters() if p.dtype != x.dtype]
+    if not others:
+        return module(x)
+    if any(hasattr(p, "ds_id") for p in module.parameters()):
+        # DeepSpeed's ZeRO-3 gathers a parameter when its module is called: before, there is nothing to cast.
+        return module(x.to(others[0])).to(x.dtype)
+    return functional_call(module, {name: p.to(x.dtype) for name, p in module.named_parameters()}, (x,))
 
 
 def _is_fused(module: nn.Module, x: Tensor) -> bool:

@@ -208,10 +208,10 @@ def describe() -> dict[str, object]:
             found[f"{device} {str(dtype).removeprefix('torch.')}"] = _gets(x)
     if _asked == "auto":
         found["below"] = f"{BLOCKED_FROM} scores a head the CPU takes plain"
-    found["compiled code of blocked"] = native.why_not() or (
-        f"from {blocked.COMPILED_FROM} scores a call, in float32; "
-        + ("without dropout whole attention" if native_score.products() else "elementwise passes (torch has no MKL)")
-    )
+    whole = "without dropout whole attention" if native_score.products() else "elementwise passes (torch has no MKL)"
+    wanted = f"from {blocked.COMPILED_FROM} scores a call, in float32; {whole}"
+    found["compiled code of blocked"] = native.why_not("score") or wanted
+    found["compiled search of value_aware"] = native.why_not("vertex") or "yes"
     if triton_score is None:
         found["triton"] = _why_not_triton(torch.empty(0), torch.empty(0))
     else:

@@ -34,13 +34,14 @@ COMPILE = ("-O3", *_TUNED, "-fPIC", "-c")
 TIMEOUT = 60.0
 
 
-def why_not() -> str | None:
-    """Why there is no compiled code, with the compiler's error if it failed, or None. Compiles all if need be.
+def why_not(source: str) -> str | None:
+    """Why a source is not compiled, with the compiler's error if it failed, or None. Compiles it if need be.
 
     Raises:
         SpecError: as `unwanted`.
     """
-    return next((found for source in SOURCES if isinstance(found := library(source), str)), None)
+    found = library(source)
+    return found if isinstance(found, str) else None
 
 
 def unwanted() -> str | None:
@@ -51,7 +52,7 @@ def unwanted() -> str | None:
     """
     wanted = os.environ.get(VARIABLE) or "1"
     if wanted not in ("0", "1"):
-        raise SpecError(f"{VARIABLE} is {wanted!r}; it takes 1 (the default: a loop in C, compiled once) or 0 (torch)")
+        raise SpecError(f"{VARIABLE} is {wanted!r}; it takes 1 (the default: code in C, compiled once) or 0 (torch)")
     if wanted == "0":
         return f"{VARIABLE} is 0"
     if os.name != "posix":

@@ -7,8 +7,9 @@ error 0, and any basic feasible solution of
 
 is one. All queries of a head share the values, so they start from one well-conditioned basis of D + 1 keys, in
 which the outputs are coordinates (one matrix product). Each query then exchanges keys until its coordinates are
-non-negative, all queries in lockstep; an exchange is a product-form update of the shared inverse. The search
-runs in float32; its weights are refined against the float64 values and checked.
+non-negative. The search runs in float32; its weights are refined against the float64 values and checked. On a CPU it
+is compiled code, a query at a time (vertex.c); elsewhere, and in float64 for what is then left, all queries go in
+lockstep, an exchange being a product-form update of the shared inverse.
 """
 
 from __future__ import annotations

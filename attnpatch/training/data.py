@@ -219,7 +219,7 @@ def _load_hub(config: DataConfig, entry: Any) -> ParallelText:
         ) from error
     text = ParallelText(name)
     languages = (config.source_lang, config.target_lang)
-    for number, row in enumerate(data):
+    for number, row in enumerate(data, 1):
         pair = row.get("translation", row)
         if any(not isinstance(pair.get(lang), str) for lang in languages):
             raise DataError(f"{name}, row {number}: no text for {' and '.join(languages)}; it has {', '.join(pair)}")

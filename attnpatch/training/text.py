@@ -125,11 +125,11 @@ def _parquet_rows(path: Path, column: str) -> Iterable[str]:
     names = file.schema_arrow.names
     if column not in names:
         raise DataError(f"{path}: no column {column!r}; it has {', '.join(names)}. Choose with data.column=NAME")
-    for batch in file.iter_batches(columns=[column]):
-        for number, row in enumerate(batch.column(0).to_pylist()):
-            if not isinstance(row, str):
-                raise DataError(f"{path}, row {number}: column {column!r} holds {type(row).__name__}, not text")
-            yield row
+    rows = (row for batch in file.iter_batches(columns=[column]) for row in batch.column(0).to_pylist())
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, str):
+            raise DataError(f"{path}, row {number}: column {column!r} holds {type(row).__name__}, not text")
+        yield row
 
 
 def _load_hub(config: TextConfig, split: str, limit: int | None) -> LineText:
