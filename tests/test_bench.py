@@ -367,14 +367,14 @@ def test_one_real_part(tmp_path: Path) -> None:
     assert found["measured"].get("commit") == environment.code_commit()
 
 
-def test_a_gpu_session_is_held_against_the_aims(tmp_path: Path) -> None:
+def test_a_gpu_run_is_held_against_the_aims(tmp_path: Path) -> None:
     def ratio(median: float) -> dict[str, Any]:
         return {"median": median, "min": median - 0.1, "max": median + 0.1, "n": 7}
 
     row = {"auto": {"forward": {"ratio_over_best": 0.9}, "both": {"ratio_over_best": 1.2}, "memory": 1.01}}
     worse = {"auto": {"forward": {"ratio_over_best": 0.95}, "both": {"ratio_over_best": 0.8}, "memory": 1.0}}
     other = {"auto": {"memory": 9.0}}
-    session = {
+    gpu_run = {
         "check": {"cases": []},
         "operator": {
             "bfloat16, T = 512": row,
@@ -390,7 +390,7 @@ def test_a_gpu_session_is_held_against_the_aims(tmp_path: Path) -> None:
         "solver": {"sharpness 1.0": {"ratio": ratio(0.5)}},
     }
     path = tmp_path / "gpu-cuda.json"
-    path.write_text(json.dumps(session))
+    path.write_text(json.dumps(gpu_run))
     found = {row["target"]: row for row in tables.held_against_aims(tmp_path, "cuda")}
     measured = {name: (row["measured"]["median"], row["reached"]) for name, row in found.items() if row["measured"]}
     assert measured == {
@@ -404,20 +404,20 @@ def test_a_gpu_session_is_held_against_the_aims(tmp_path: Path) -> None:
     }
     assert "1.20" in tables.of_devices(tmp_path)["cuda"]["summary"]
     # What was timed with kernels that are wrong is held against nothing.
-    path.write_text(json.dumps(session | {"check": {"failed": "wrong"}}))
+    path.write_text(json.dumps(gpu_run | {"check": {"failed": "wrong"}}))
     assert not any(row["measured"] for row in tables.held_against_aims(tmp_path, "cuda"))
 
 
 def test_every_aim_of_a_gpu_has_its_place_in_the_session() -> None:
     stages = set(gpu.STAGES)
     for target in targets.TARGETS:
-        assert (target.cuda is None) == (not target.session), target.name
-        assert not target.session or target.session[0] in stages
+        assert (target.cuda is None) == (not target.gpu_run), target.name
+        assert not target.gpu_run or target.gpu_run[0] in stages
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_the_gpu_session_on_a_cpu(tmp_path: Path) -> None:
+def test_the_gpu_run_on_a_cpu(tmp_path: Path) -> None:
     """The same stages as on a GPU, with tiny shapes in Triton's interpreter; a wrong kernel would fail the first."""
     command = [sys.executable, "-m", "attnpatch", "bench-gpu", "--dry-run", "--output", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -431,12 +431,12 @@ def test_the_gpu_session_on_a_cpu(tmp_path: Path) -> None:
     assert not any("failed" in found[name] for name in gpu.STAGES)
 
 
-def test_a_stage_that_fails_does_not_end_the_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(session: gpu.Session) -> None:
+def test_a_stage_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(gpu_run: gpu.GpuRun) -> None:
         raise BenchmarkError("off by 0.5")
 
-    def right(session: gpu.Session) -> None:
-        session.results["second"] = {"ratio": 1.0}
+    def right(gpu_run: gpu.GpuRun) -> None:
+        gpu_run.results["second"] = {"ratio": 1.0}
 
     monkeypatch.setattr(gpu, "STAGES", {"first": (wrong, 0), "second": (right, 0), "third": (right, 10_000)})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -452,10 +452,10 @@ def test_a_stage_that_fails_does_not_end_the_session(tmp_path: Path, monkeypatch
 
 @pytest.fixture
 def gpu_stages(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets the session's stages, on what it takes for a CUDA device."""
+    """Sets the run's stages, on what it takes for a CUDA device."""
 
-    def timed(session: gpu.Session) -> None:
-        session.results["operator"] = {"ratio": 1.0}
+    def timed(gpu_run: gpu.GpuRun) -> None:
+        gpu_run.results["operator"] = {"ratio": 1.0}
 
     def stages(check: Any, least: int = 0) -> None:
         monkeypatch.setattr(gpu, "STAGES", {"check": (check, least), "operator": (timed, 0)})
@@ -467,11 +467,11 @@ def gpu_stages(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_timings_after_a_failed_check_are_marked(gpu_stages: Any, tmp_path: Path) -> None:
-    def wrong(session: gpu.Session) -> None:
+    def wrong(gpu_run: gpu.GpuRun) -> None:
         raise BenchmarkError("off by 0.5")
 
-    def right(session: gpu.Session) -> None:
-        session.results["check"] = {"wrong": []}
+    def right(gpu_run: gpu.GpuRun) -> None:
+        gpu_run.results["check"] = {"wrong": []}
 
     words = ["bench-gpu", "--output", str(tmp_path)]
     for check, least, unchecked in ((wrong, 0, True), (right, 10_000, True), (right, 0, False)):
@@ -489,8 +489,8 @@ def test_timings_after_a_failed_check_are_marked(gpu_stages: Any, tmp_path: Path
     assert "marked unchecked" in found.output
 
 
-def test_an_earlier_gpu_session_is_kept(gpu_stages: Any, tmp_path: Path) -> None:
-    gpu_stages(lambda session: None)
+def test_an_earlier_gpu_run_is_kept(gpu_stages: Any, tmp_path: Path) -> None:
+    gpu_stages(lambda gpu_run: None)
     settings = Settings(device="cuda", say=lambda line: None)
     (tmp_path / "gpu-cuda.json").write_text("first")
     for _ in range(2):
@@ -504,7 +504,7 @@ def test_an_earlier_gpu_session_is_kept(gpu_stages: Any, tmp_path: Path) -> None
         gpu.run(settings, tmp_path / "gpu-cuda.json", 1.0)
 
 
-def test_a_gpu_session_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_gpu_run_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(dispatch, "triton_score", None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

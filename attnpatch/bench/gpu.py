@@ -1,4 +1,4 @@
-"""What a GPU session is for, in order of importance and within a budget: the kernels checked, then timed.
+"""What a GPU run is for, in order of importance and within a budget: the kernels checked, then timed.
 
 check     every form of the Triton kernels against the plain form in float64, output and gradients
 operator  expressive attention, D = 64, over F.scaled_dot_product_attention and its best backend; plain, FlexAttention
@@ -38,7 +38,7 @@ CASES = ("none", "causal", "padding", "rows", "dropout")
 
 
 @dataclass
-class Session:
+class GpuRun:
     """What is measured with, how long it may take, and the file that grows; `unchecked` when the kernels were not found
     right, which every stage after the check is then marked with."""
 
@@ -65,7 +65,7 @@ class Session:
 
 def run(settings: Settings, out: Path, minutes: float, dry: bool = False) -> tuple[Path, list[str]]:
     """Run the stages that `minutes` suffice for; write gpu-DEVICE.json into `out` after each (dry: gpu-dry.json). The
-    file of an earlier session stays as gpu-DEVICE.previous.json (previous-2 and so on), a dry run's does not.
+    file of an earlier run stays as gpu-DEVICE.previous.json (previous-2 and so on), a dry run's does not.
 
     Returns:
         The file, and the stages that failed; "check" also when the budget left no time for it. The timings that follow
@@ -88,8 +88,8 @@ def run(settings: Settings, out: Path, minutes: float, dry: bool = False) -> tup
     if dispatch.triton_score is None or (dry and not os.environ.get("TRITON_INTERPRET")):
         raise BenchmarkError("a dry run needs TRITON_INTERPRET=1 in the environment before attnpatch is imported")
     prepare(settings, out)
-    session = Session(settings, out / f"gpu-{'dry' if dry else settings.device}.json", 60 * minutes, dry)
-    session.results["measured"] = {
+    gpu_run = GpuRun(settings, out / f"gpu-{'dry' if dry else settings.device}.json", 60 * minutes, dry)
+    gpu_run.results["measured"] = {
         "date": date.today().isoformat(),
         "dry_run": dry,
         "repeats": settings.repeats,
@@ -97,37 +97,37 @@ def run(settings: Settings, out: Path, minutes: float, dry: bool = False) -> tup
         **versions((*LIBRARIES, "triton")),
     }
     if commit := code_commit():
-        session.results["measured"]["commit"] = commit
+        gpu_run.results["measured"]["commit"] = commit
     if not dry:
-        _set_aside(session.path)
+        _set_aside(gpu_run.path)
     failed = []
     for name, (stage, least) in STAGES.items():
-        if session.left() < least and not dry:
-            session.results[name] = {"left_out": f"{session.left():.0f} s of the budget were left; it takes {least}"}
+        if gpu_run.left() < least and not dry:
+            gpu_run.results[name] = {"left_out": f"{gpu_run.left():.0f} s of the budget were left; it takes {least}"}
             if name == "check":
                 failed.append(name)
-                session.unchecked = True
-            session.write()
+                gpu_run.unchecked = True
+            gpu_run.write()
             continue
         start = time.monotonic()
         try:
-            stage(session)
+            stage(gpu_run)
         except Exception as error:
             # The stages after it are worth having, whatever it was: out of memory, a compiler's error, a wrong result.
             failed.append(name)
-            session.unchecked |= name == "check"
-            session.results.setdefault(name, {})["failed"] = f"{type(error).__name__}: {error}"[:2000]
+            gpu_run.unchecked |= name == "check"
+            gpu_run.results.setdefault(name, {})["failed"] = f"{type(error).__name__}: {error}"[:2000]
             settings.say(f"{name} failed: {error}\n{traceback.format_exc(limit=-4)}")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        session.results.setdefault(name, {})["seconds"] = round(time.monotonic() - start, 1)
-        session.write()
-        settings.say(f"{name}: {session.results[name]['seconds']} s, {session.left():.0f} s left")
-    return session.path, failed
+        gpu_run.results.setdefault(name, {})["seconds"] = round(time.monotonic() - start, 1)
+        gpu_run.write()
+        settings.say(f"{name}: {gpu_run.results[name]['seconds']} s, {gpu_run.left():.0f} s left")
+    return gpu_run.path, failed
 
 
 def _set_aside(path: Path) -> None:
-    """An earlier session's file under the first free name: a session that fails must not cost what another found."""
+    """An earlier run's file under the first free name: a run that fails must not cost what another found."""
     if path.exists():
         names = (path.with_suffix(f".previous{f'-{n}' if n > 1 else ''}.json") for n in itertools.count(1))
         path.rename(next(name for name in names if not name.exists()))
@@ -231,13 +231,13 @@ def _compile(case: tuple[Any, ...], device: str) -> dict[str, Any]:
     return {"case": " ".join(map(str, case)), "compiled": True}
 
 
-def check(session: Session) -> None:
+def check(gpu_run: GpuRun) -> None:
     import torch
 
     from attnpatch.environment import available_cpus
     from attnpatch.kernels import dispatch
 
-    device, dry = session.settings.device, session.dry
+    device, dry = gpu_run.settings.device, gpu_run.dry
     work: list[tuple[Any, ...]] = [("check", case, device, dry) for case in cases(dry)]
     if dry:
         done = [_untuned(item) for item in work]
@@ -259,12 +259,12 @@ def check(session: Session) -> None:
             off = {what: found[what] for what in ("output", "dq", "dk", "dv") if not found[what] <= allowed}
             if off:
                 wrong.append(f"{found['case']}: " + ", ".join(f"{w} {e:.1e} > {allowed:.0e}" for w, e in off.items()))
-    session.results["check"] = {"cases": list(results.values()), "wrong": wrong}
-    session.settings.say(f"{len(results)} cases checked, {len(wrong)} wrong")
+    gpu_run.results["check"] = {"cases": list(results.values()), "wrong": wrong}
+    gpu_run.settings.say(f"{len(results)} cases checked, {len(wrong)} wrong")
     if wrong:
         raise BenchmarkError("; ".join(wrong))
     if torch.cuda.is_available():
-        session.results["check"]["cuda_graph"] = _graph(device)
+        gpu_run.results["check"]["cuda_graph"] = _graph(device)
 
 
 def _untuned(work: tuple[Any, ...]) -> dict[str, Any]:
@@ -307,20 +307,20 @@ def _backends(device: str) -> dict[str, Any]:
     return {name: getattr(SDPBackend, value) for name, value in names.items()}
 
 
-def operator(session: Session) -> None:
+def operator(gpu_run: GpuRun) -> None:
     import torch
     import torch.nn.functional as F
     from torch.nn.attention import sdpa_kernel
 
     from attnpatch.bench import score
 
-    device, dry = session.settings.device, session.dry
+    device, dry = gpu_run.settings.device, gpu_run.dry
     lengths, tokens, dim = ((16,), 32, 16) if dry else ((512, 2048, 1024, 4096), 2**18, 64)
-    table = session.results["operator"] = {"peer": "F.scaled_dot_product_attention", "head_dim": dim}
+    table = gpu_run.results["operator"] = {"peer": "F.scaled_dot_product_attention", "head_dim": dim}
     flex = [] if dry else [(2048, "bfloat16", ("flex",))]
     rows = [(n, dtype, ()) for dtype in (("bfloat16", SINGLE) if not dry else (SINGLE,)) for n in lengths]
     for length, name, others in (*rows, *flex):
-        if session.left() < 20 and not dry:
+        if gpu_run.left() < 20 and not dry:
             table["left_out"] = f"from T = {length} {name} on: the budget was spent"
             return
         dtype = getattr(torch, name)
@@ -342,7 +342,7 @@ def operator(session: Session) -> None:
         forms |= {form: score.form("expressive", form, False) for form in chosen}
         row: dict[str, Any] = {"shape": list(tensors[0].shape), "relative_error": error}
         for what, given in (("forward", None), ("both", grad)):
-            timed = score.compare(forms, tensors, given, device, session.settings.repeats)
+            timed = score.compare(forms, tensors, given, device, gpu_run.settings.repeats)
             best = min(timed[form]["milliseconds"] for form in forms if form.startswith("sdpa"))
             for form, found in timed.items():
                 row.setdefault(form, {})[what] = found | {"ratio_over_best": found["milliseconds"] / best}
@@ -354,25 +354,25 @@ def operator(session: Session) -> None:
         label = f"{name}, T = {length}" + (f" ({', '.join(others)})" if others else "")
         table[label] = row
         shown = "  ".join(f"{what} {row[chosen[0]][what]['ratio_over_best']:.2f}" for what in ("forward", "both"))
-        session.settings.say(f"{label}: {shown} over SDPA's best, memory {row[chosen[0]]['memory']:.2f}")
-        session.write()
+        gpu_run.settings.say(f"{label}: {shown} over SDPA's best, memory {row[chosen[0]]['memory']:.2f}")
+        gpu_run.write()
 
 
 @contextlib.contextmanager
-def _with_triton(session: Session) -> Iterator[None]:
+def _with_triton(gpu_run: GpuRun) -> Iterator[None]:
     """In a dry run the automatic choice on a CPU would not be the kernels that are tried."""
     from attnpatch.kernels import dispatch
 
-    with dispatch.use_implementation("triton") if session.dry else contextlib.nullcontext():
+    with dispatch.use_implementation("triton") if gpu_run.dry else contextlib.nullcontext():
         yield
 
 
-def _step(session: Session, label: str, architecture: tuple[type, Any], spec: Any, batch: int, tokens: int) -> None:
+def _step(gpu_run: GpuRun, label: str, architecture: tuple[type, Any], spec: Any, batch: int, tokens: int) -> None:
     import torch
 
     from attnpatch.bench.steps import over_flops, step
 
-    settings = session.settings
+    settings = gpu_run.settings
     stock = step(architecture, None, batch, tokens, settings.device, bf16=True)
     ours = step(architecture, spec, batch, tokens, settings.device, bf16=True)
     if not bool(ours().isfinite()):
@@ -384,25 +384,25 @@ def _step(session: Session, label: str, architecture: tuple[type, Any], spec: An
     timed["memory"] = {"ratio": (peaks[0] + held) / (peaks[1] + held), "peak_bytes": peaks}
     if spec == "neural":
         timed |= over_flops(timed, ours.model, stock.model, batch, tokens)
-    session.results.setdefault("roberta" if "base" in label else "steps", {})[label] = timed
-    session.settings.say(f"{label}: {timed['ratio']['median']:.3f} times the stock step")
-    session.write()
+    gpu_run.results.setdefault("roberta" if "base" in label else "steps", {})[label] = timed
+    gpu_run.settings.say(f"{label}: {timed['ratio']['median']:.3f} times the stock step")
+    gpu_run.write()
 
 
-def roberta_base(session: Session) -> None:
+def roberta_base(gpu_run: GpuRun) -> None:
     from attnpatch.bench.steps import roberta
 
-    layers, hidden, batch, tokens = (1, 64, 2, 16) if session.dry else (12, 768, 16, 512)
-    with _with_triton(session):
-        for name in ("expressive",) if session.dry else ("expressive", "polynomial"):
-            _step(session, f"{name}, RoBERTa-base, T = {tokens}", roberta(layers, hidden), name, batch, tokens)
+    layers, hidden, batch, tokens = (1, 64, 2, 16) if gpu_run.dry else (12, 768, 16, 512)
+    with _with_triton(gpu_run):
+        for name in ("expressive",) if gpu_run.dry else ("expressive", "polynomial"):
+            _step(gpu_run, f"{name}, RoBERTa-base, T = {tokens}", roberta(layers, hidden), name, batch, tokens)
 
 
-def steps(session: Session) -> None:
+def steps(gpu_run: GpuRun) -> None:
     from attnpatch.bench.steps import marian, roberta
 
-    layers, hidden, batch, tokens = (1, 64, 2, 16) if session.dry else (12, 768, 32, 128)
-    pairs = 2 if session.dry else 128
+    layers, hidden, batch, tokens = (1, 64, 2, 16) if gpu_run.dry else (12, 768, 32, 128)
+    pairs = 2 if gpu_run.dry else 128
     specs: list[Any] = [
         "neural",
         *({"variant": "alignment", "options": {"alignment": {"method": m}}} for m in ("gan", "ct", "ot", "mmd")),
@@ -411,24 +411,24 @@ def steps(session: Session) -> None:
         "expressive",
     ]
     words = ["neural", "alignment gan", "alignment ct", "alignment ot", "alignment mmd", "query_value", "query gate"]
-    for word, spec in itertools.islice(zip((*words, "expressive"), specs, strict=True), 2 if session.dry else None):
+    for word, spec in itertools.islice(zip((*words, "expressive"), specs, strict=True), 2 if gpu_run.dry else None):
         for model, architecture, rows, length in (
             ("RoBERTa", roberta(layers, hidden), batch, tokens),
-            ("Marian", marian(), pairs, 8 if session.dry else 32),
+            ("Marian", marian(), pairs, 8 if gpu_run.dry else 32),
         ):
-            if session.left() < 15 and not session.dry:
-                session.results.setdefault("steps", {})["left_out"] = f"from {word}, {model} on: the budget was spent"
+            if gpu_run.left() < 15 and not gpu_run.dry:
+                gpu_run.results.setdefault("steps", {})["left_out"] = f"from {word}, {model} on: the budget was spent"
                 return
-            if not (session.dry and model == "Marian"):
-                _step(session, f"{word}, {model}, T = {length}", architecture, spec, rows, length)
+            if not (gpu_run.dry and model == "Marian"):
+                _step(gpu_run, f"{word}, {model}, T = {length}", architecture, spec, rows, length)
 
 
-def layer(session: Session) -> None:
+def layer(gpu_run: GpuRun) -> None:
     import torch
 
     from attnpatch.bench.layer import ALLOWED, AttentionLayer
 
-    settings, dry = session.settings, session.dry
+    settings, dry = gpu_run.settings, gpu_run.dry
     batch, tokens = (1, 16) if dry else (16, 512)
     exact = AttentionLayer("query_value", 1, tokens, settings.device)
     if not (error := exact.relative_error()) <= ALLOWED:
@@ -437,33 +437,33 @@ def layer(session: Session) -> None:
         AttentionLayer(spec, batch, tokens, settings.device, torch.bfloat16) for spec in ("query_value", None)
     )
     timed = compare(ours.both, stock.both, settings.repeats, settings.device)
-    session.results["layer"] = {f"query_value, T = {tokens}": timed | {"relative_error_float32": error}}
+    gpu_run.results["layer"] = {f"query_value, T = {tokens}": timed | {"relative_error_float32": error}}
     settings.say(f"query_value layer, T = {tokens}: {timed['ratio']['median']:.2f} times the stock layer")
 
 
-def solver(session: Session) -> None:
+def solver(gpu_run: GpuRun) -> None:
     from attnpatch.bench import value_aware
 
-    sizes = {"HEAD_DIM": 4, "KEYS": 16, "QUERIES": 4, "PEER_QUERIES": 4} if session.dry else {}
+    sizes = {"HEAD_DIM": 4, "KEYS": 16, "QUERIES": 4, "PEER_QUERIES": 4} if gpu_run.dry else {}
     before = {name: getattr(value_aware, name) for name in sizes}
     try:
         vars(value_aware).update(sizes)
-        session.results["solver"] = value_aware.exact(session.settings)
+        gpu_run.results["solver"] = value_aware.exact(gpu_run.settings)
     finally:
         vars(value_aware).update(before)
 
 
-def marian_training(session: Session) -> None:
-    if session.dry:
-        session.results["marian"] = {"left_out": "a dry run; `attnpatch bench training` does the same on a CPU"}
+def marian_training(gpu_run: GpuRun) -> None:
+    if gpu_run.dry:
+        gpu_run.results["marian"] = {"left_out": "a dry run; `attnpatch bench training` does the same on a CPU"}
         return
     from attnpatch.bench import training
 
-    once = Settings(1, session.settings.threads, session.settings.device, session.settings.data, session.settings.say)
-    session.results["marian"] = training.train_and_decode(once)
+    once = Settings(1, gpu_run.settings.threads, gpu_run.settings.device, gpu_run.settings.data, gpu_run.settings.say)
+    gpu_run.results["marian"] = training.train_and_decode(once)
 
 
-STAGES: dict[str, tuple[Callable[[Session], None], int]] = {
+STAGES: dict[str, tuple[Callable[[GpuRun], None], int]] = {
     "check": (check, 60),
     "operator": (operator, 60),
     "roberta": (roberta_base, 40),

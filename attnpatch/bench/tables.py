@@ -50,13 +50,13 @@ def load(folder: Path, device: str) -> dict[str, dict[str, Any]]:
 
 
 def held_against_aims(folder: Path, device: str) -> list[dict[str, Any]]:
-    """`targets.summarise` of the files in `folder`, with those of a GPU session on a GPU.
+    """`targets.summarise` of the files in `folder`, with those of a GPU run on a GPU.
 
     Raises:
         BenchmarkError: one is damaged.
     """
-    session = folder / f"gpu-{device}.json"
-    return summarise(load(folder, device), device, read(session) if session.is_file() else None)
+    gpu_run = folder / f"gpu-{device}.json"
+    return summarise(load(folder, device), device, read(gpu_run) if gpu_run.is_file() else None)
 
 
 def read(path: Path) -> dict[str, Any]:

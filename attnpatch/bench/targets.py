@@ -22,7 +22,7 @@ class Target:
             Of several that match, the worst counts.
         unit: what the ratio is of. cpu, cuda: the range to be in, None for no bound; None for no aim: a report.
         rate: the results hold times over the peer's, the aim is on the peer's over ours.
-        session: as `where`, from the results of `attnpatch bench-gpu`, which count on a GPU where there are any.
+        gpu_run: as `where`, from the results of `attnpatch bench-gpu`, which count on a GPU where there are any.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Target:
     cpu: tuple[float | None, float | None] | None = None
     cuda: tuple[float | None, float | None] | None = None
     rate: bool = False
-    session: tuple[str, ...] = ()
+    gpu_run: tuple[str, ...] = ()
 
     def aim(self, device: str) -> tuple[float | None, float | None] | None:
         return self.cpu if device == "cpu" else self.cuda
@@ -61,7 +61,7 @@ TARGETS = (
         (_LONG, "auto", "forward", "ratio"),
         cpu=_most(1.2),
         cuda=_most(1.0),
-        session=("operator", _BF16, "auto", "forward", "ratio_over_best"),
+        gpu_run=("operator", _BF16, "auto", "forward", "ratio_over_best"),
     ),
     Target(
         "expressive attention, T >= 512, forward + backward",
@@ -70,7 +70,7 @@ TARGETS = (
         (_LONG, "auto", "both", "ratio"),
         cpu=_most(1.5),
         cuda=_most(1.0),
-        session=("operator", _BF16, "auto", "both", "ratio_over_best"),
+        gpu_run=("operator", _BF16, "auto", "both", "ratio_over_best"),
     ),
     Target(
         "expressive attention, T >= 512, inputs and outputs included",
@@ -80,7 +80,7 @@ TARGETS = (
         unit="peak memory",
         cpu=_most(1.1),
         cuda=_most(1.05),
-        session=("operator", _BF16, "auto", "memory"),
+        gpu_run=("operator", _BF16, "auto", "memory"),
     ),
     Target(
         "expressive training step, RoBERTa T = 512",
@@ -89,7 +89,7 @@ TARGETS = (
         ("RoBERTa, T = 512", "variants", "expressive", "ratio"),
         cpu=_most(1.15),
         cuda=_most(1.05),
-        session=("roberta", "expressive, RoBERTa-base, T = 512", "ratio"),
+        gpu_run=("roberta", "expressive, RoBERTa-base, T = 512", "ratio"),
     ),
     Target(
         "neural training step, over the ratio of the FLOPs",
@@ -98,7 +98,7 @@ TARGETS = (
         (".*", "time_ratio_over_flops_ratio"),
         cpu=_most(1.05),
         cuda=_most(1.10),
-        session=("steps", "neural, .*", "time_ratio_over_flops_ratio"),
+        gpu_run=("steps", "neural, .*", "time_ratio_over_flops_ratio"),
     ),
     Target(
         "alignment (gan) training step, T = 128",
@@ -107,7 +107,7 @@ TARGETS = (
         ("gan float32", "ratio"),
         cpu=_most(1.10),
         cuda=_most(1.10),
-        session=("steps", "alignment gan, RoBERTa, T = 128", "ratio"),
+        gpu_run=("steps", "alignment gan, RoBERTa, T = 128", "ratio"),
     ),
     Target(
         "alignment (ct) training step, T = 128",
@@ -116,7 +116,7 @@ TARGETS = (
         ("ct float32", "ratio"),
         cpu=_most(1.15),
         cuda=_most(1.15),
-        session=("steps", "alignment ct, RoBERTa, T = 128", "ratio"),
+        gpu_run=("steps", "alignment ct, RoBERTa, T = 128", "ratio"),
     ),
     Target(
         "query_value layer, T = 512, forward + backward",
@@ -124,7 +124,7 @@ TARGETS = (
         "layer.attention",
         ("query_value", "both, T = 512", "ratio"),
         cuda=_most(2.5),
-        session=("layer", "query_value, T = 512", "ratio"),
+        gpu_run=("layer", "query_value, T = 512", "ratio"),
     ),
     Target(
         "value_aware exact optimum, r = D + 1",
@@ -135,7 +135,7 @@ TARGETS = (
         cpu=_least(20.0),
         cuda=_least(1000.0),
         rate=True,
-        session=("solver", "sharpness .*", "ratio"),
+        gpu_run=("solver", "sharpness .*", "ratio"),
     ),
     Target(
         "Marian training",
@@ -146,7 +146,7 @@ TARGETS = (
         cpu=_least(1.5),
         cuda=_least(2.0),
         rate=True,
-        session=("marian", "training", "ratio", "example, fp32"),
+        gpu_run=("marian", "training", "ratio", "example, fp32"),
     ),
     Target(
         "Marian decoding",
@@ -157,7 +157,7 @@ TARGETS = (
         cpu=_least(1.5),
         cuda=_least(2.0),
         rate=True,
-        session=("marian", "decoding", "ratio", "generate in file order, .*"),
+        gpu_run=("marian", "decoding", "ratio", "generate in file order, .*"),
     ),
     Target(
         "a stock model's step with attnpatch imported",
@@ -190,16 +190,16 @@ def inverse(summary: Mapping[str, float]) -> dict[str, float]:
     return {**summary, "median": 1 / summary["median"], "min": 1 / summary["max"], "max": 1 / summary["min"]}
 
 
-def summarise(results: Results, device: str, session: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+def summarise(results: Results, device: str, gpu_run: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """A row for each target: what was measured (None where nothing was), the aim, and whether the median reaches it
     (None without either).
 
     Args:
-        session: what `attnpatch bench-gpu` found; it counts before `results`, unless its check failed.
+        gpu_run: what `attnpatch bench-gpu` found; it counts before `results`, unless its check failed.
     """
     rows = []
-    if session is not None and session.get("check", {}).get("failed", "left_out" in session.get("check", {})):
-        session = None
+    if gpu_run is not None and gpu_run.get("check", {}).get("failed", "left_out" in gpu_run.get("check", {})):
+        gpu_run = None
     for target in TARGETS:
         aim = target.aim(device)
         row: dict[str, Any] = {
@@ -210,7 +210,7 @@ def summarise(results: Results, device: str, session: Mapping[str, Any] | None =
             "aim": list(aim) if aim else None,
         }
         benchmark, part = target.part.split(".")
-        cases = list(found(session, target.session)) if session and target.session else []
+        cases = list(found(gpu_run, target.gpu_run)) if gpu_run and target.gpu_run else []
         cases = cases or list(found(results.get(benchmark, {}).get(part, {}), target.where))
         if cases:
             cases = [(label, inverse(value) if target.rate else value) for label, value in cases]
