@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, which needs no GPU: run by test_kernels_triton.py."""
+"""The Triton kernels in Triton's interpreter, which needs no GPU: run by test_kernels_score_triton.py."""
 
 from __future__ import annotations
 

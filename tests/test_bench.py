@@ -441,7 +441,7 @@ def test_a_stage_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(gpu, "STAGES", {"first": (wrong, 0), "second": (right, 0), "third": (right, 10_000)})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(dispatch, "triton_score", object())
+    monkeypatch.setattr(dispatch, "score_triton", object())
     path, failed = gpu.run(Settings(device="cuda", say=lambda line: None), tmp_path, 1.0)
     found = json.loads(path.read_text())
     assert failed == ["first"]
@@ -462,7 +462,7 @@ def gpu_stages(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(dispatch, "triton_score", object())
+    monkeypatch.setattr(dispatch, "score_triton", object())
     return stages
 
 
@@ -506,7 +506,7 @@ def test_an_earlier_gpu_run_is_kept(gpu_stages: Any, tmp_path: Path) -> None:
 
 def test_a_gpu_run_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(dispatch, "triton_score", None)
+    monkeypatch.setattr(dispatch, "score_triton", None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     settings = Settings(say=lambda line: None)
     with pytest.raises(BenchmarkError, match="no CUDA device"):

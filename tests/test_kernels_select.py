@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnpatch.kernels import native, select, vertex
+from attnpatch.kernels import compiled, select, select_exact
 from attnpatch.kernels.score import attention_weights
 from attnpatch.kernels.select import top_r_weights, value_aware_weights
 
@@ -186,11 +186,11 @@ def test_exact_solver_by_itself(
 ) -> None:
     """What the vertex solver calls solved is solved, and on plain values it solves nearly every row."""
     if form == "lockstep":
-        monkeypatch.setattr(vertex, "library", lambda source: "not wanted")
-    elif native.unwanted() is not None:
-        pytest.skip(f"no compiled code: {native.unwanted()}")
-    search, left = vertex._search, []
-    monkeypatch.setattr(vertex, "_search", lambda *x: (left.append(int(x[4].sum())), search(*x)))
+        monkeypatch.setattr(select_exact, "library", lambda source: "not wanted")
+    elif compiled.unwanted() is not None:
+        pytest.skip(f"no compiled code: {compiled.unwanted()}")
+    search, left = select_exact._search, []
+    monkeypatch.setattr(select_exact, "_search", lambda *x: (left.append(int(x[4].sum())), search(*x)))
     n_key, n_query = 4 * head_dim + 3, 4 * head_dim + 3
     for sharpness in (0.2, 1.0, 5.0):
         weights = random_weights(3, n_query, n_key, sharpness=sharpness)
@@ -202,7 +202,7 @@ def test_exact_solver_by_itself(
         wanted = (weights > 0).sum(-1) > head_dim + 1
         wanted &= torch.rand(wanted.shape) < 0.8
         garbage = value.masked_fill(~(weights > 0).any(1).unsqueeze(-1), 1e30)
-        sparse, solved = vertex.solve_exactly(weights, garbage, wanted)
+        sparse, solved = select_exact.solve_exactly(weights, garbage, wanted)
         assert not solved[~wanted].any()
         assert not sparse[~solved].any()
         # Under a causal mask the keys that all rows see are few, and may not span the space.
@@ -216,7 +216,7 @@ def test_exact_solver_by_itself(
         assert error(weights, sparse, value)[solved].max() < 1e-12 * size
 
 
-@pytest.mark.skipif(native.unwanted() is not None, reason=f"no compiled code: {native.unwanted()}")
+@pytest.mark.skipif(compiled.unwanted() is not None, reason=f"no compiled code: {compiled.unwanted()}")
 def test_exact_solver_on_any_number_of_threads(seed: int) -> None:
     """Rows are solved one by one: not a bit hangs on who solves them."""
     weights, value = random_weights(3, 40, 90, sharpness=2.0), randn(3, 90, 17)
@@ -224,7 +224,7 @@ def test_exact_solver_on_any_number_of_threads(seed: int) -> None:
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(vertex.solve_exactly(weights, value, torch.ones(3, 40, dtype=torch.bool)))
+            found.append(select_exact.solve_exactly(weights, value, torch.ones(3, 40, dtype=torch.bool)))
     finally:
         torch.set_num_threads(before)
     for sparse, solved in found:
@@ -232,10 +232,27 @@ def test_exact_solver_on_any_number_of_threads(seed: int) -> None:
         assert torch.equal(sparse, found[0][0])
 
 
+def test_exact_solver_on_weights_in_any_order_in_memory(seed: int) -> None:
+    """And while tensors are made elsewhere by default."""
+    weights, value = random_weights(3, 20, 60, sharpness=2.0), randn(3, 60, 5)
+    weights = weights.masked_fill(torch.rand(3, 1, 60) < 0.3, 0.0)
+    weights /= weights.sum(-1, keepdim=True)
+    wanted = torch.ones(3, 20, dtype=torch.bool)
+    expected, solved = select_exact.solve_exactly(weights, value, wanted)
+    assert solved.all()
+    for order in ((1, 0, 2), (2, 1, 0), (0, 2, 1)):
+        back = torch.argsort(torch.tensor(order)).tolist()
+        turned = weights.permute(order).contiguous().permute(back)
+        with torch.device("meta"):
+            found = select_exact.solve_exactly(turned, value, wanted.t().contiguous().t())
+        assert torch.equal(found[0], expected)
+        assert found[1].all()
+
+
 def test_exact_solver_gives_up_on_flat_values(seed: int) -> None:
     weights = random_weights(2, 5, 12)
     flat = randn(2, 12, 2) @ randn(2, 2, 4)
-    sparse, solved = vertex.solve_exactly(weights, flat, torch.ones(2, 5, dtype=torch.bool))
+    sparse, solved = select_exact.solve_exactly(weights, flat, torch.ones(2, 5, dtype=torch.bool))
     assert not solved.any()
     assert not sparse.any()
 

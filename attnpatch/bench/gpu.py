@@ -83,9 +83,9 @@ def run(settings: Settings, out: Path, minutes: float, dry: bool = False) -> tup
 
     if not dry and not torch.cuda.is_available():
         raise BenchmarkError("there is no CUDA device here; --dry-run tries the script on a CPU")
-    if dispatch.triton_score is None and importlib.util.find_spec("triton") is None:
+    if dispatch.score_triton is None and importlib.util.find_spec("triton") is None:
         raise BenchmarkError("Triton is not installed (pip install triton)")
-    if dispatch.triton_score is None or (dry and not os.environ.get("TRITON_INTERPRET")):
+    if dispatch.score_triton is None or (dry and not os.environ.get("TRITON_INTERPRET")):
         raise BenchmarkError("a dry run needs TRITON_INTERPRET=1 in the environment before attnpatch is imported")
     prepare(settings, out)
     gpu_run = GpuRun(settings, out / f"gpu-{'dry' if dry else settings.device}.json", 60 * minutes, dry)
@@ -225,7 +225,7 @@ def _compile(case: tuple[Any, ...], device: str) -> dict[str, Any]:
     for x in (q, k, v):
         x.requires_grad_()
     mask = torch.ones(1, 1, 256, 256, device=device, dtype=torch.bool) if masked else None
-    with dispatch.triton_score.fixed_sizes(sizes):
+    with dispatch.score_triton.fixed_sizes(sizes):
         output = score.expressive_attention(q, k, v, mask, dropout_p)
         torch.autograd.grad(output.sum(), (q, k, v))
     return {"case": " ".join(map(str, case)), "compiled": True}
@@ -243,7 +243,7 @@ def check(gpu_run: GpuRun) -> None:
         done = [_untuned(item) for item in work]
     else:
         ways = (("bfloat16", False, 0.0), ("bfloat16", True, 0.1))
-        work += [("compile", (s, *w), device, dry) for w in ways for s in dispatch.triton_score.all_sizes()]
+        work += [("compile", (s, *w), device, dry) for w in ways for s in dispatch.score_triton.all_sizes()]
         # Most of the time is the compiler's, which takes one core a process; what it makes stays in Triton's cache.
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(12, available_cpus()), mp_context=spawn) as pool:

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attnpatch.errors import SpecError
-from attnpatch.kernels import blocked, native, native_score
-from attnpatch.kernels.blocked import blocked_attention_op
+from attnpatch.kernels import compiled, score_blocked, score_native
 from attnpatch.kernels.score import check_name, default_scale, plain_attention
+from attnpatch.kernels.score_blocked import blocked_attention_op
 
 IMPLEMENTATIONS = ("auto", "plain", "blocked", "triton", "flex")
 VARIABLE = "ATTNPATCH_KERNEL"
@@ -35,9 +35,9 @@ BLOCKED_FROM = 1024
 _asked = os.environ.get(VARIABLE) or "auto"
 
 if importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
-    from attnpatch.kernels import triton_score
+    from attnpatch.kernels import score_triton
 else:
-    triton_score = None  # type: ignore[assignment]
+    score_triton = None  # type: ignore[assignment]
 
 
 def asked() -> str:
@@ -91,11 +91,11 @@ def attend(
     seed_on = query.device if name == "triton" else "cpu"
     seed = torch.randint(2**62, (), device=seed_on) if dropout_p > 0.0 else None
     if name in ("blocked", "triton"):
-        operator = blocked_attention_op if name == "blocked" else triton_score.triton_attention_op
+        operator = blocked_attention_op if name == "blocked" else score_triton.triton_attention_op
         training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         output = operator(q, k, v, keep, seed, kernel, degree, factor, is_causal, dropout_p, training)[0]
     else:
-        from attnpatch.kernels.flex import flex_attention
+        from attnpatch.kernels.score_flex import flex_attention
 
         output = flex_attention(q, k, v, keep, is_causal, factor, kernel, degree)
     return output if len(shape) == 4 else output.reshape(*leading_shape(query, key, value), *output.shape[-2:])
@@ -140,7 +140,7 @@ def why_not(
         return "FlexAttention has no dropout"
     if query.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return "FlexAttention has no gradient on the CPU"
-    if query.device.type == "cuda" and triton_score is None:
+    if query.device.type == "cuda" and score_triton is None:
         return "FlexAttention on CUDA is compiled by Triton, which is not installed (pip install triton)"
     if query.device.type not in ("cpu", "cuda"):
         return f"FlexAttention runs on cuda and cpu, and query is on {query.device}"
@@ -148,10 +148,10 @@ def why_not(
 
 
 def _why_not_triton(query: Tensor, value: Tensor) -> str | None:
-    if triton_score is None:
+    if score_triton is None:
         installed = importlib.util.find_spec("triton") is not None
         return "there is no CUDA device" if installed else "Triton is not installed (pip install triton)"
-    return triton_score.why_not(query, value)
+    return score_triton.why_not(query, value)
 
 
 def _pays(name: str, query: Tensor, key: Tensor) -> bool:
@@ -208,12 +208,12 @@ def describe() -> dict[str, object]:
             found[f"{device} {str(dtype).removeprefix('torch.')}"] = _gets(x)
     if _asked == "auto":
         found["below"] = f"{BLOCKED_FROM} scores a head the CPU takes plain"
-    whole = "without dropout whole attention" if native_score.products() else "elementwise passes (torch has no MKL)"
-    wanted = f"from {blocked.COMPILED_FROM} scores a call, in float32; {whole}"
-    found["compiled code of blocked"] = native.why_not("score") or wanted
-    found["compiled search of value_aware"] = native.why_not("vertex") or "yes"
-    if triton_score is None:
+    whole = "without dropout whole attention" if score_native.products() else "elementwise passes (torch has no MKL)"
+    wanted = f"from {score_blocked.COMPILED_FROM} scores a call, in float32; {whole}"
+    found["compiled code of blocked"] = compiled.why_not("score_native") or wanted
+    found["compiled search of value_aware"] = compiled.why_not("select_exact") or "yes"
+    if score_triton is None:
         found["triton"] = _why_not_triton(torch.empty(0), torch.empty(0))
     else:
-        found["triton"] = f"block sizes {'tuned' if triton_score.tuning() else 'fixed'} ({triton_score.TUNE_VARIABLE})"
+        found["triton"] = f"block sizes {'tuned' if score_triton.tuning() else 'fixed'} ({score_triton.TUNE_VARIABLE})"
     return found

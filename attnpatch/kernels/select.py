@@ -27,8 +27,8 @@ from attnpatch.kernels.score import (
     default_scale,
     no_autocast,
 )
-from attnpatch.kernels.selected import best_order, selected_attention_op
-from attnpatch.kernels.vertex import solve_exactly
+from attnpatch.kernels.select_blocked import best_order, selected_attention_op
+from attnpatch.kernels.select_exact import solve_exactly
 
 SELECTORS: tuple[str, ...] = ("oracle", "norm", "centered")
 

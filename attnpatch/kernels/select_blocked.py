@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnpatch.kernels.blocked import compact_mask, log_slope
 from attnpatch.kernels.score import compute_dtype, no_autocast, weights_from_scores
+from attnpatch.kernels.score_blocked import compact_mask, log_slope
 
 CRITERIA = ("weight", "norm", "centered")
 

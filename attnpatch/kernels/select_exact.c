@@ -1,5 +1,5 @@
-/* The search of vertex.py for one row after the other, in float32, each with the inverse of its own basis; built by
-   native.py. Threads share the rows. Not compiled with -ffast-math: a NaN must fail the last check. */
+/* The search of select_exact.py for one row after the other, in float32, each with the inverse of its own basis; built by
+   compiled.py. Threads share the rows. Not compiled with -ffast-math: a NaN must fail the last check. */
 
 #include <float.h>
 #include <math.h>

@@ -1,4 +1,4 @@
-/* Score kernels in C, used by native_score.py: the elementwise passes over one block of scores, each in a single pass where
+/* Score kernels in C, used by score_native.py: the elementwise passes over one block of scores, each in a single pass where
    torch needs four to seven, and whole attention, block by block, with the matrix products of a BLAS.
 
    By torch's threads where it runs on GNU OpenMP. Compiled with -ffast-math: sums are reassociated, a division is a
@@ -156,12 +156,13 @@ static inline int none_visible(const struct call *c, const unsigned char *keep, 
     /* dquery, dkey and dvalue; rows with sums <= 0 add nothing. */ \
     void NAME##_attend_backward(const struct call *c) { \
         const long block = c->block_queries * c->block_keys; \
-        const long space = 2 * block + c->block_queries * (c->value_dim + 1); \
+        const long space = 2 * block + c->block_queries * (c->head_dim + c->value_dim + 1); \
         _Pragma("omp parallel for schedule(dynamic) num_threads(c->threads)") \
         for (long item = 0; item < c->n_batch * c->n_heads; item++) { \
             const long b = item / c->n_heads, h = item % c->n_heads; \
             float *z = c->workspace + omp_get_thread_num() * space; \
             float *inner = z + block, *given = inner + block, *delta = given + c->block_queries * c->value_dim; \
+            float *kept = delta + c->block_queries; \
             for (long j = 0; j < c->n_keys; j++) { \
                 for (long d = 0; d < c->head_dim; d++) AT(c->dkey, b, h, j)[d] = 0.0f; \
                 for (long d = 0; d < c->value_dim; d++) AT(c->dvalue, b, h, j)[d] = 0.0f; \
@@ -169,18 +170,28 @@ static inline int none_visible(const struct call *c, const unsigned char *keep, 
             for (long start = 0; start < c->n_queries; start += c->block_queries) { \
                 const long stop = min(start + c->block_queries, c->n_queries), rows = stop - start; \
                 const float *query = AT(c->query, b, h, start); \
+                long query_row = c->query.row, lost = 0; \
                 const float *total = c->sums + item * c->n_queries + start; \
                 float *dquery = AT(c->dquery, b, h, start); \
                 for (long i = 0; i < rows; i++) { \
                     const float *grad = AT(c->grad, b, h, start + i), *output = AT(c->output, b, h, start + i); \
-                    const float inverse = total[i] > 0.0f ? 1.0f / total[i] : 0.0f; \
+                    const float inverse = 1.0f / total[i]; \
                     float sum = 0.0f; \
                     for (long d = 0; d < c->value_dim; d++) { \
-                        given[i * c->value_dim + d] = grad[d] * inverse; \
+                        given[i * c->value_dim + d] = total[i] > 0.0f ? grad[d] * inverse : 0.0f; \
                         sum += given[i * c->value_dim + d] * output[d]; \
                     } \
-                    delta[i] = sum; \
+                    delta[i] = total[i] > 0.0f ? sum : 0.0f; \
+                    lost += !(total[i] > 0.0f); \
                     for (long d = 0; d < c->head_dim; d++) dquery[i * c->dquery.row + d] = 0.0f; \
+                } \
+                if (lost) { \
+                    /* Whatever such a query holds, 0 times it must be 0. */ \
+                    for (long i = 0; i < rows; i++) \
+                        for (long d = 0; d < c->head_dim; d++) \
+                            kept[i * c->head_dim + d] = total[i] > 0.0f ? query[i * query_row + d] : 0.0f; \
+                    query = kept; \
+                    query_row = c->head_dim; \
                 } \
                 long first, end; \
                 const unsigned char *keep = visible(c, b, h, start, stop, &first, &end); \
@@ -188,20 +199,16 @@ static inline int none_visible(const struct call *c, const unsigned char *keep, 
                     columns = min(c->block_keys, end - at); \
                     if (none_visible(c, keep, rows, columns, at)) continue; \
                     const float *key = AT(c->key, b, h, at); \
-                    product(c, 0, 1, rows, columns, c->head_dim, c->scale, query, c->query.row, key, c->key.row, \
+                    product(c, 0, 1, rows, columns, c->head_dim, c->scale, query, query_row, key, c->key.row, \
                             0.0f, z, columns); \
                     product(c, 0, 1, rows, columns, c->value_dim, 1.0f, given, c->value_dim, \
                             AT(c->value, b, h, at), c->value.row, 0.0f, inner, columns); \
                     hide(c, keep, z, rows, columns, start, at); \
-                    for (long i = 0; i < rows; i++) { \
-                        /* A sum that is not kept may be that of scores whose squares overflow. */ \
-                        if (total[i] <= 0.0f) \
-                            for (long j = 0; j < columns; j++) z[i * columns + j] = 0.0f; \
+                    for (long i = 0; i < rows; i++) \
                         NAME##_slopes(z + i * columns, inner + i * columns, delta[i], columns); \
-                    } \
                     product(c, 1, 0, columns, c->value_dim, rows, 1.0f, z, columns, given, c->value_dim, 1.0f, \
                             AT(c->dvalue, b, h, at), c->dvalue.row); \
-                    product(c, 1, 0, columns, c->head_dim, rows, c->slope, inner, columns, query, c->query.row, \
+                    product(c, 1, 0, columns, c->head_dim, rows, c->slope, inner, columns, query, query_row, \
                             1.0f, AT(c->dkey, b, h, at), c->dkey.row); \
                     product(c, 0, 0, rows, c->head_dim, columns, c->slope, inner, columns, key, c->key.row, 1.0f, \
                             dquery, c->dquery.row); \

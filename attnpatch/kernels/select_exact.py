@@ -8,7 +8,7 @@ error 0, and any basic feasible solution of
 is one. All queries of a head share the values, so they start from one well-conditioned basis of D + 1 keys, in
 which the outputs are coordinates (one matrix product). Each query then exchanges keys until its coordinates are
 non-negative. The search runs in float32; its weights are refined against the float64 values and checked. On a CPU it
-is compiled code, a query at a time (vertex.c); elsewhere, and in float64 for what is then left, all queries go in
+is compiled code, a query at a time (select_exact.c); elsewhere, and in float64 for what is then left, all queries go in
 lockstep, an exchange being a product-form update of the shared inverse.
 """
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from attnpatch.kernels.native import library, openmp
+from attnpatch.kernels.compiled import library, openmp
 
 CANDIDATES = 8
 """Keys compared in each exchange."""
@@ -51,6 +51,8 @@ def solve_exactly(weights: Tensor, values: Tensor, wanted: Tensor) -> tuple[Tens
         Sparse weights [G, T, S], zero in rows that are not solved, and which rows are: [G, T]. A row may be left
         unsolved where the values do not span D dimensions, or in rare cases by rounding.
     """
+    # Compiled code reads and writes them row by row.
+    weights, wanted = weights.contiguous(), wanted.contiguous()
     n_group, _, n_key = weights.shape
     sparse, solved = torch.zeros_like(weights), torch.zeros_like(wanted)
     if n_key <= values.shape[-1] or not bool(wanted.any()):
@@ -197,7 +199,7 @@ _SIZES = ("threads", "n_group", "n_query", "n_key", "n_slot", "size", "heaviest"
 
 
 class _Search(ctypes.Structure):
-    """`struct search` of vertex.c."""
+    """`struct search` of select_exact.c."""
 
     _fields_ = [
         *[(x, ctypes.c_void_p) for x in (*_READ, "sparse", "solved", "workspace")],
@@ -209,7 +211,7 @@ def _search_compiled(
     frame: _Frame, tableau: _Tableau, weights: Tensor, wanted: Tensor, sparse: Tensor, solved: Tensor
 ) -> bool:
     """Solve the rows `wanted` into `sparse` and `solved`; False, and nothing is done, where there is no compiler."""
-    code = library("vertex")
+    code = library("select_exact")
     if isinstance(code, str):
         return False
     n_group, n_query, n_key = weights.shape
@@ -219,7 +221,7 @@ def _search_compiled(
     code.vertex_space.argtypes, code.vertex_space.restype = (ctypes.c_long, ctypes.c_long), ctypes.c_long
     read = vars(tableau) | vars(frame) | {"weights": weights, "wanted": wanted}
     held = {name: read[name].contiguous() for name in _READ} | {"sparse": sparse, "solved": solved}
-    held["workspace"] = torch.empty(threads * code.vertex_space(size, n_slot), dtype=torch.float64)
+    held["workspace"] = weights.new_empty(threads * code.vertex_space(size, n_slot))
     sizes = (threads, n_group, n_query, n_key, n_slot, size, heaviest, int(FEW * size))
     call = _Search(**{name: x.data_ptr() for name, x in held.items()}, **dict(zip(_SIZES, sizes, strict=True)))
     code.vertex_search(ctypes.byref(call))

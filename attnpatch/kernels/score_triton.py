@@ -3,7 +3,7 @@
 Shapes: query [B, H, T, D], key [B, H, S, D], value [B, H, S, D], keep None or bool broadcastable to [B, H, T, S];
 D up to 128, padded to a power of two in registers.
 
-As in `attnpatch.kernels.blocked`, f needs no running maximum, and the backward pass recomputes f from query, key
+As in `attnpatch.kernels.score_blocked`, f needs no running maximum, and the backward pass recomputes f from query, key
 and the row sums. A row whose sum under- or overflows is computed again in the same program, scaled by a number m
 that is saved beside the sum: f(z) is z^2 / m^2 / (1 + z^2), (z / m)^degree, or elu(z) + 1 over exp(m) for a
 negative m and over 1 + m for a positive one. m = 1 (elu: 0) in every other row; m = inf means that all visible
@@ -568,7 +568,7 @@ def _mask(keep: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor, tupl
 
 
 def empty_outputs(query: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised output, residual (see `attnpatch.kernels.blocked`), row sums and row scales."""
+    """Uninitialised output, residual (see `attnpatch.kernels.score_blocked`), row sums and row scales."""
     rows = query.shape[:3]
     rounded = training and query.dtype != torch.float32
     return (

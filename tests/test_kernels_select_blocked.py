@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnpatch.kernels import select, selected
+from attnpatch.kernels import select, select_blocked
 from attnpatch.kernels.dispatch import use_implementation
 from attnpatch.kernels.score import attention_weights, kernel_attention
 from attnpatch.kernels.select import top_r_weights, value_aware_weights
@@ -24,7 +24,7 @@ MASKS = ["none", "bool", "keys", "float", "causal"]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selected, "BLOCK_WEIGHTS", 900)
+    monkeypatch.setattr(select_blocked, "BLOCK_WEIGHTS", 900)
 
 
 def attend(criterion: str, *tensors: Any, implementation: str = "blocked", **options: Any) -> Tensor:
@@ -121,8 +121,8 @@ def test_any_magnitude(seed: int, kernel: tuple[str, int], magnitude: float) -> 
     wide = [x.double().requires_grad_() for x in fixed]
     options: dict[str, Any] = {"kernel": kernel[0], "degree": kernel[1]}
     for criterion in CRITERIA:
-        rule = selected.Rule(*kernel, 1.0, False, 3, criterion, 0.0)
-        _, weights, index = selected.selected_forward(*fixed, None, None, rule, True)
+        rule = select_blocked.Rule(*kernel, 1.0, False, 3, criterion, 0.0)
+        _, weights, index = select_blocked.selected_forward(*fixed, None, None, rule, True)
         plain = attention_weights(*fixed[:2], scale=1.0, **options)
         chosen = (
             top_r_weights(plain, 3) if criterion == "weight" else value_aware_weights(plain, fixed[2], 3, criterion)
@@ -209,7 +209,7 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.parametrize("causal", [False, True])
 def test_memory_does_not_grow_with_the_square(criterion: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept for the backward pass is O(T r), and nothing ever made is larger than that or a block."""
-    monkeypatch.setattr(selected, "BLOCK_WEIGHTS", 4096)
+    monkeypatch.setattr(select_blocked, "BLOCK_WEIGHTS", 4096)
     tokens, r, width = 600, 4, 8
     inputs = [torch.randn(1, 2, tokens, width).requires_grad_() for _ in range(3)]
     kept: list[int] = []
@@ -222,10 +222,10 @@ def test_memory_does_not_grow_with_the_square(criterion: str, causal: bool, monk
         output = attend(criterion, *inputs, None, 0.1, causal, r=r)
     assert sum(kept) <= 2 * tokens * (3 * width + 3 * r)
     output.sum().backward()
-    rule = selected.Rule("expressive", 2, 1.0, causal, r, criterion, 0.0)
+    rule = select_blocked.Rule("expressive", 2, 1.0, causal, r, criterion, 0.0)
     with torch.no_grad(), _Largest() as largest:
-        output, weights, index = selected.selected_forward(*inputs, None, None, rule, True)
-        selected.selected_backward(output, *inputs, weights, index, None, rule)
+        output, weights, index = select_blocked.selected_forward(*inputs, None, None, rule, True)
+        select_blocked.selected_backward(output, *inputs, weights, index, None, rule)
     block = 4096 * torch.get_num_threads()
     assert 0 < largest.elements <= max(block, 2 * tokens * max(width, r))
     assert 2 * tokens * tokens > 10 * largest.elements or block > tokens * tokens / 10

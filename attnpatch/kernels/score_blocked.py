@@ -8,7 +8,7 @@ forward pass adds up f V and the row sums N = sum_j f_ij, and the backward pass 
     a = f / N,  da = dO V^T,  dz = (da - rowsum(dO * O)) / N * f'(z)
 
 The elementwise work is done in place, on buffers that stay in the cache, by torch or in one pass by a compiled loop;
-float32 without dropout is compiled code as a whole (`attnpatch.kernels.native_score`). Rows that float32 cannot sum
+float32 without dropout is compiled code as a whole (`attnpatch.kernels.score_native`). Rows that float32 cannot sum
 this way (N under- or overflows) are found by N and computed by the plain form.
 """
 
@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnpatch.kernels.native_score import Native, native
 from attnpatch.kernels.score import attention_weights, compute_dtype, no_autocast
+from attnpatch.kernels.score_native import Native, native
 
 BLOCK_QUERIES = 256
 BLOCK_KEYS = 512
@@ -502,13 +502,16 @@ def blocked_backward(
         keep = compact_mask(keep)
         whole.attend_backward(tensors, sums.contiguous(), keep, slope=_slope(rule), **_numbers(rule))
         if bool((sums == _PLAIN).any()):
-            work = _Workspace(rule, query, key, gradient=True)
-            for number, batch, heads, mask in _chunks(query, key, keep, rule):
-                chunk = _Chunk(rule, key[batch, heads], value[batch, heads], mask, work.dtype)
-                lost = torch.where(sums[batch, heads].unsqueeze(-1) == _PLAIN, grad[batch, heads], 0.0)
-                dq, dk, dv = (x[batch, heads] for x in grads)
-                seen = slice(chunk.first_key, chunk.n_keys)
-                _add_plain_gradients(rule, work, chunk, number, query[batch, heads], lost, dq, dk[:, seen], dv[:, seen])
+            with no_autocast(query.device):
+                work = _Workspace(rule, query, key, gradient=True)
+                for number, batch, heads, mask in _chunks(query, key, keep, rule):
+                    chunk = _Chunk(rule, key[batch, heads], value[batch, heads], mask, work.dtype)
+                    lost = torch.where(sums[batch, heads].unsqueeze(-1) == _PLAIN, grad[batch, heads], 0.0)
+                    dq, dk, dv = (x[batch, heads] for x in grads)
+                    seen = slice(chunk.first_key, chunk.n_keys)
+                    _add_plain_gradients(
+                        rule, work, chunk, number, query[batch, heads], lost, dq, dk[:, seen], dv[:, seen]
+                    )
         return grads[0], grads[1], grads[2]
     (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], compact_mask(keep), rule)
     r = residual.view(o.shape) if residual.numel() else None

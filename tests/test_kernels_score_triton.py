@@ -16,7 +16,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from attnpatch.kernels import triton_score as t
+from attnpatch.kernels import score_triton as t
 
 for function in (t._forward, t._key_gradients, t._query_gradients, t._row_delta):
     values = dict(KERNEL=0, DEGREE=2, CAUSAL=False, HAS_MASK=True, DROPOUT=True, HEAD_DIM=80, BLOCK_D=128,

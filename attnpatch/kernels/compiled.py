@@ -25,11 +25,13 @@ from attnpatch.errors import SpecError, one_line
 
 VARIABLE = "ATTNPATCH_NATIVE"
 FOLDER = Path(__file__).parent
-SOURCES = {"score": ("-ffast-math",), "vertex": ("-fno-math-errno",)}
-"""The sources, and the flags of the compiler that each takes."""
-
 # Elsewhere than on x86 the processor's identity, which the cache goes by, says too little for -march=native.
-_TUNED = ("-march=native", "-mprefer-vector-width=512") if platform.machine() in ("x86_64", "AMD64") else ()
+_X86 = platform.machine() in ("x86_64", "AMD64")
+_TUNED = ("-march=native", "-mprefer-vector-width=512") if _X86 else ()
+# Without AVX-512 fast division is by rcpps, of which the reciprocal of a number above 2^126 is 0.
+_DIVIDES = ("-mrecip=!div,!vec-div",) if _X86 else ()
+SOURCES = {"score_native": ("-ffast-math", *_DIVIDES), "select_exact": ("-fno-math-errno",)}
+"""The sources, and the flags of the compiler that each takes."""
 COMPILE = ("-O3", *_TUNED, "-fPIC", "-c")
 TIMEOUT = 60.0
 
@@ -111,9 +113,12 @@ def load(source: str, folder: Path) -> ctypes.CDLL:
     text = FOLDER / f"{source}.c"
     what = (text.read_bytes(), version, " ".join([*compiling, *linking]).encode(), cpu_identity().encode())
     # -march=native: one home may serve unlike machines.
-    path = folder / f"{source}-{hashlib.sha256(b'|'.join(what)).hexdigest()[:20]}.so"
-    with contextlib.suppress(OSError):  # missing, or damaged and then built anew
-        return ctypes.CDLL(str(path))
+    name = f"{source}-{hashlib.sha256(b'|'.join(what)).hexdigest()[:20]}"
+    for path in folder.glob(f"{name}-*.so"):
+        # Of another size than its name says it is damaged, and would kill the process.
+        with contextlib.suppress(OSError):
+            if path.stem == f"{name}-{path.stat().st_size}":
+                return ctypes.CDLL(str(path))
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         build, built = f"{aside}/built.o", f"{aside}/built.so"
@@ -127,7 +132,7 @@ def load(source: str, folder: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(built)
         with open(built, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(built, path)
+        os.replace(built, folder / f"{name}-{os.path.getsize(built)}.so")
     return library
 
 

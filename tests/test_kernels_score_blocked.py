@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from attnpatch.errors import SpecError
-from attnpatch.kernels import blocked, dispatch, native, native_score, score
+from attnpatch.kernels import compiled, dispatch, score, score_blocked, score_native
 
 KERNELS = [pytest.param(k, id=f"{k[0]}{k[1]}") for k in fast_cases.KERNELS]
 SIZES = [(1, 1), (1, 70), (70, 1), (37, 53), (64, 64), (90, 33), (33, 90)]
@@ -27,9 +27,9 @@ SIZES = [(1, 1), (1, 70), (70, 1), (37, 53), (64, 64), (90, 33), (33, 90)]
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small test has several blocks and a remainder in both directions, and the loop in C where it can."""
-    monkeypatch.setattr(blocked, "BLOCK_QUERIES", 16)
-    monkeypatch.setattr(blocked, "BLOCK_KEYS", 32)
-    monkeypatch.setattr(blocked, "COMPILED_FROM", 0)
+    monkeypatch.setattr(score_blocked, "BLOCK_QUERIES", 16)
+    monkeypatch.setattr(score_blocked, "BLOCK_KEYS", 32)
+    monkeypatch.setattr(score_blocked, "COMPILED_FROM", 0)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -45,18 +45,31 @@ def test_blocked(seed: int, kernel: tuple[str, int], mask: str, size: tuple[int,
 def test_blocked_without_the_compiled_loop(
     seed: int, monkeypatch: pytest.MonkeyPatch, kernel: tuple[str, int], mask: str
 ) -> None:
-    monkeypatch.setattr(blocked, "COMPILED_FROM", 2**62)
+    monkeypatch.setattr(score_blocked, "COMPILED_FROM", 2**62)
     for dtype in (torch.float32, torch.bfloat16):
         fast_cases.check_against_oracle("blocked", kernel, mask, (37, 53), 5, dtype)
     fast_cases.check_magnitudes("blocked", kernel, 1e19, (40, 70))
 
 
-@pytest.mark.skipif(native.unwanted() is not None, reason=f"no compiled loop: {native.unwanted()}")
-@pytest.mark.parametrize("name", native_score.KERNELS)
-def test_the_compiled_loop(seed: int, name: str, tmp_path: Path) -> None:
+@pytest.mark.skipif(compiled.unwanted() is not None, reason=f"no compiled loop: {compiled.unwanted()}")
+@pytest.mark.parametrize("processor", ["this", "haswell", "x86-64"])
+@pytest.mark.parametrize("name", score_native.KERNELS)
+def test_the_compiled_loop(
+    seed: int, monkeypatch: pytest.MonkeyPatch, name: str, processor: str, tmp_path: Path
+) -> None:
     """Built anew into an empty folder; each function against float64; and denormal numbers still exist."""
-    loop = native_score.Native(native.load("score", tmp_path), name)
+    if processor != "this":
+        if not compiled._X86 or (processor == "haswell" and torch.backends.cpu.get_cpu_capability() == "DEFAULT"):
+            pytest.skip(f"this processor is no {processor}")
+        monkeypatch.setattr(compiled, "COMPILE", (*compiled.COMPILE, f"-march={processor}"))
+    loop = score_native.Native(compiled.load("score_native", tmp_path), name)
     assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
+    # Next to where z * z overflows.
+    huge = torch.tensor([[[9e18, 1e19, -1.5e19, 1.8e19]]]).repeat(1, 1, 40)
+    strength, sums = huge.clone(), torch.empty(1, 1)
+    loop.forward(strength, sums)
+    wanted = torch.ones(()) if name == "expressive" else huge.square()
+    torch.testing.assert_close(strength, wanted.expand_as(huge), rtol=1e-6, atol=0.0)
     z, inner = (torch.randn(2, 7, 131) * 10.0 ** torch.randint(-8, 5, (2, 7, 1)) for _ in range(2))
     exact = z.double().requires_grad_()
     f = exact.square() / (1.0 + exact.square()) if name == "expressive" else exact.square()
@@ -73,7 +86,7 @@ def test_the_compiled_loop(seed: int, name: str, tmp_path: Path) -> None:
 
 
 needs_whole_attention = pytest.mark.skipif(
-    native.unwanted() is not None or native_score.products() is None,
+    compiled.unwanted() is not None or score_native.products() is None,
     reason="torch has no MKL, or there is no C compiler",
 )
 
@@ -86,8 +99,8 @@ def test_whole_attention_in_compiled_code(
 ) -> None:
     """It is what computes; the number of threads changes no bit; and from a thread of Python it is the same."""
     taken = []
-    run = native_score.Native._run
-    monkeypatch.setattr(native_score.Native, "_run", staticmethod(lambda *x: (taken.append(x[0].__name__), run(*x))[1]))
+    run = score_native.Native._run
+    monkeypatch.setattr(score_native.Native, "_run", staticmethod(lambda *x: (taken.append(x[0].__name__), run(*x))[1]))
     inputs = fast_cases.make_inputs(37, 90, 8, torch.float32)
     arguments = {**fast_cases.make_mask(mask, 37, 90), "kernel": kernel[0], "degree": kernel[1]}
     grad = torch.randn(2, 3, 37, 8)
@@ -110,14 +123,58 @@ def test_whole_attention_in_compiled_code(
             assert torch.equal(a, b)
 
 
+@pytest.mark.skipif(compiled.unwanted() is not None, reason=f"no compiled code: {compiled.unwanted()}")
+def test_a_damaged_library_is_built_anew(tmp_path: Path) -> None:
+    compiled.load("score_native", tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    code = (
+        "import sys; from pathlib import Path; from attnpatch.kernels import compiled\n"
+        "print(compiled.load('score_native', Path(sys.argv[1])).expressive_attend)"
+    )
+    for damaged in (whole[:9000], b"", b"x" * len(whole)):
+        path.write_bytes(damaged)
+        subprocess.run([sys.executable, "-c", code, tmp_path], check=True, capture_output=True)
+        assert path.stat().st_size == len(whole)
+        assert path.read_bytes()[:4] == whole[:4]
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+def test_what_a_row_that_sees_no_key_holds(seed: int, garbage: float) -> None:
+    """Its query and its output's gradient reach no gradient."""
+    query, key, value = fast_cases.make_inputs(37, 90, 8, torch.float32)
+    seen = torch.rand(2, 3, 37, 90) < 0.7
+    seen[:, :, 5] = False
+    grad = torch.randn(2, 3, 37, 8)
+    arguments: dict[str, Any] = {"attn_mask": seen, "kernel": "expressive"}
+    wanted = fast_cases.run("blocked", [query, key, value], grad, torch.float32, **arguments)
+    query[:, :, 5] = grad[:, :, 5] = garbage
+    found = fast_cases.run("blocked", [query, key, value], grad, torch.float32, **arguments)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_repaired_rows_in_a_backward_pass_under_autocast(seed: int) -> None:
+    inputs = fast_cases.make_inputs(37, 90, 8, torch.float32)
+    inputs[0] *= 1e-16
+    leaves = [x.requires_grad_() for x in inputs]
+    output = score.kernel_attention(*leaves, kernel="expressive", implementation="blocked")  # type: ignore[arg-type]
+    grad = torch.randn_like(output)
+    outside = torch.autograd.grad(output, leaves, grad, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(output, leaves, grad)
+    for a, b in zip(inside, outside, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("mask", fast_cases.MASKS)
 def test_without_the_products_of_mkl(seed: int, monkeypatch: pytest.MonkeyPatch, mask: str) -> None:
-    monkeypatch.setattr(native_score, "products", lambda: None)
-    monkeypatch.setattr(native_score.Native, "_run", None)
+    monkeypatch.setattr(score_native, "products", lambda: None)
+    monkeypatch.setattr(score_native.Native, "_run", None)
     for kernel in (("expressive", 2), ("polynomial", 2)):
         fast_cases.check_against_oracle("blocked", kernel, mask, (37, 90), 5, torch.float32)
         fast_cases.check_magnitudes("blocked", kernel, 1e19, (40, 70))
-    if native.unwanted() is None:
+    if compiled.unwanted() is None:
         assert "torch has no MKL" in str(dispatch.describe()["compiled code of blocked"])
 
 
@@ -125,40 +182,40 @@ def test_without_the_products_of_mkl(seed: int, monkeypatch: pytest.MonkeyPatch,
 def test_more_threads_than_heads(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward pass shares out heads: with fewer of them than threads it goes from block to block."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    monkeypatch.setattr(native_score.Native, "attend_backward", None)
+    monkeypatch.setattr(score_native.Native, "attend_backward", None)
     fast_cases.check_against_oracle("blocked", ("expressive", 2), "heads", (37, 90), 5, torch.float32)
 
 
 @pytest.fixture
 def builds_anew() -> Iterator[None]:
-    native.library.cache_clear()
+    compiled.library.cache_clear()
     yield
-    native.library.cache_clear()
+    compiled.library.cache_clear()
 
 
 def test_no_compiled_loop(monkeypatch: pytest.MonkeyPatch, builds_anew: None) -> None:
     """A compiler that fails, or none, is no error."""
     for compiler in ("/bin/false", None):
-        native.library.cache_clear()
-        monkeypatch.setattr(native, "_compiler", lambda compiler=compiler: compiler)
-        assert native_score.native.__wrapped__("expressive", 2, torch.float32) is None
-        assert ("/bin/false" if compiler else "no C compiler") in str(native.why_not("score"))
-    native.library.cache_clear()
-    monkeypatch.setenv(native.VARIABLE, "0")
-    assert native.VARIABLE in str(native.why_not("score"))
-    native.library.cache_clear()
-    monkeypatch.setenv(native.VARIABLE, "no")
+        compiled.library.cache_clear()
+        monkeypatch.setattr(compiled, "_compiler", lambda compiler=compiler: compiler)
+        assert score_native.native.__wrapped__("expressive", 2, torch.float32) is None
+        assert ("/bin/false" if compiler else "no C compiler") in str(compiled.why_not("score_native"))
+    compiled.library.cache_clear()
+    monkeypatch.setenv(compiled.VARIABLE, "0")
+    assert compiled.VARIABLE in str(compiled.why_not("score_native"))
+    compiled.library.cache_clear()
+    monkeypatch.setenv(compiled.VARIABLE, "no")
     with pytest.raises(SpecError, match="'no'; it takes 1"):
-        native_score.native.__wrapped__("expressive", 2, torch.float32)
+        score_native.native.__wrapped__("expressive", 2, torch.float32)
 
 
 def test_the_compilers_own_error_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, builds_anew: None) -> None:
     """The real compiler on a source that is no C."""
-    (tmp_path / "score.c").write_text("int x = nonsense_here;")
-    monkeypatch.setattr(native, "FOLDER", tmp_path)
-    if native.unwanted() is not None:
-        pytest.skip(str(native.unwanted()))
-    assert "nonsense_here" in str(native.why_not("score"))
+    (tmp_path / "score_native.c").write_text("int x = nonsense_here;")
+    monkeypatch.setattr(compiled, "FOLDER", tmp_path)
+    if compiled.unwanted() is not None:
+        pytest.skip(str(compiled.unwanted()))
+    assert "nonsense_here" in str(compiled.why_not("score_native"))
     assert "nonsense_here" in str(dispatch.describe()["compiled code of blocked"])
 
 
@@ -268,11 +325,11 @@ def test_memory_does_not_grow_with_the_square(seed: int, monkeypatch: pytest.Mon
 
     monkeypatch.undo()
     query, key, value = (torch.randn(1, 2, 3000, 16) for _ in range(3))
-    rule = blocked.Rule("expressive", 2, 1.0, True, 0.1, 3)
+    rule = score_blocked.Rule("expressive", 2, 1.0, True, 0.1, 3)
     with Watch():
-        output, residual, sums = blocked.blocked_forward(query, key, value, None, rule, True)
-        blocked.blocked_backward(output, query, key, value, None, output, residual, sums, rule)
-    block = 4 * blocked.BLOCK_QUERIES * blocked.BLOCK_KEYS
+        output, residual, sums = score_blocked.blocked_forward(query, key, value, None, rule, True)
+        score_blocked.blocked_backward(output, query, key, value, None, output, residual, sums, rule)
+    block = 4 * score_blocked.BLOCK_QUERIES * score_blocked.BLOCK_KEYS
     assert largest <= max(block, query.untyped_storage().nbytes())
 
 

@@ -1,7 +1,7 @@
 """Score kernels in C: elementwise passes over blocks, and whole attention.
 
 Whole attention (float32, no dropout) takes its matrix products from the MKL that torch is linked with; where there is
-none, `attnpatch.kernels.blocked` goes from block to block with torch's products and the passes alone.
+none, `attnpatch.kernels.score_blocked` goes from block to block with torch's products and the passes alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnpatch.kernels.native import library, openmp
+from attnpatch.kernels.compiled import library, openmp
 
 _FORWARD = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long)
 _BACKWARD = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long)
@@ -22,7 +22,7 @@ KERNELS = ("expressive", "polynomial")
 
 
 class _Tensor(ctypes.Structure):
-    """`struct tensor` and `struct mask` of score.c."""
+    """`struct tensor` and `struct mask` of score_native.c."""
 
     _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_long), ("head", ctypes.c_long), ("row", ctypes.c_long)]
 
@@ -40,7 +40,7 @@ _SIZES = ("n_batch", "n_heads", "n_queries", "n_keys", "head_dim", "value_dim")
 
 
 class _Call(ctypes.Structure):
-    """`struct call` of score.c."""
+    """`struct call` of score_native.c."""
 
     _fields_ = [
         ("gemm", ctypes.c_void_p),
@@ -85,8 +85,8 @@ class Native:
 
     def attend_backward(self, tensors: dict[str, Tensor], sums: Tensor, keep: Tensor | None, **numbers: Any) -> None:
         """All these and grad -> dquery, dkey and dvalue, which are written. Rows with sums <= 0 add nothing."""
-        rows = numbers["block_queries"]
-        space = rows * (2 * numbers["block_keys"] + tensors["value"].shape[-1] + 1)
+        widths = tensors["query"].shape[-1] + tensors["value"].shape[-1]
+        space = numbers["block_queries"] * (2 * numbers["block_keys"] + widths + 1)
         self._run(self._attend_backward, space, tensors, sums, keep, numbers)
 
     @staticmethod
@@ -101,7 +101,7 @@ class Native:
         query, key, value = tensors["query"], tensors["key"], tensors["value"]
         sizes = (*query.shape[:3], key.shape[2], query.shape[-1], value.shape[-1])
         threads = torch.get_num_threads() if openmp() else 1
-        workspace = torch.empty(space * threads, dtype=torch.float32)
+        workspace = query.new_empty(space * threads)
         call = _Call(
             gemm=products(),
             sums=sums.data_ptr(),
@@ -131,7 +131,7 @@ def native(kernel: str, degree: int, dtype: torch.dtype) -> Native | None:
     """The functions of a kernel, or None if torch has to make its passes."""
     if dtype != torch.float32 or kernel not in KERNELS or (kernel == "polynomial" and degree != 2):
         return None
-    code = library("score")
+    code = library("score_native")
     return None if isinstance(code, str) else Native(code, kernel)
 
 
