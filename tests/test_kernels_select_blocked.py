@@ -137,8 +137,8 @@ def test_any_magnitude(seed: int, kernel: tuple[str, int], magnitude: float) -> 
         wanted = (exact, *torch.autograd.grad(exact, wide, given.double()))
         for name, x, y in zip(("output", "dq", "dk", "dv"), fast, wanted, strict=True):
             largest = float(y.detach().abs().max())
-            # Below the smallest weight of float32, and for rows that are uniform, a gradient is 0. Expressive weights are
-            # uniform here but for a score that is small by cancellation, which float32 has few digits of.
+            # Below the smallest weight of float32, and for rows that are uniform, a gradient is 0. Expressive weights
+            # are uniform here but for a score that is small by cancellation, which float32 has few digits of.
             uniform = kernel[0] == "expressive" and magnitude > 1e8 and name in ("dq", "dk")
             if largest > 1e-30 and magnitude > 1e-12 and not uniform:
                 torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=2e-4 * largest)
