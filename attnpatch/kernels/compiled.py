@@ -28,9 +28,7 @@ FOLDER = Path(__file__).parent
 # Elsewhere than on x86 the processor's identity, which the cache goes by, says too little for -march=native.
 _X86 = platform.machine() in ("x86_64", "AMD64")
 _TUNED = ("-march=native", "-mprefer-vector-width=512") if _X86 else ()
-# Without AVX-512 fast division is by rcpps, of which the reciprocal of a number above 2^126 is 0.
-_DIVIDES = ("-mrecip=!div,!vec-div",) if _X86 else ()
-SOURCES = {"score_native": ("-ffast-math", *_DIVIDES), "select_exact": ("-fno-math-errno",)}
+SOURCES = {"score_native": ("-ffast-math",), "select_exact": ("-fno-math-errno",)}
 """The sources, and the flags of the compiler that each takes."""
 COMPILE = ("-O3", *_TUNED, "-fPIC", "-c")
 TIMEOUT = 60.0
@@ -108,7 +106,7 @@ def load(source: str, folder: Path) -> ctypes.CDLL:
         raise OSError("no C compiler")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
     threads = openmp()
-    compiling = [*COMPILE, *SOURCES[source], *(["-fopenmp"] if threads else [])]
+    compiling = [*COMPILE, *SOURCES[source], *_division(), *(["-fopenmp"] if threads else [])]
     linking = [*([str(threads)] if threads else []), "-lm"]
     text = FOLDER / f"{source}.c"
     what = (text.read_bytes(), version, " ".join([*compiling, *linking]).encode(), cpu_identity().encode())
@@ -134,6 +132,12 @@ def load(source: str, folder: Path) -> ctypes.CDLL:
             os.fsync(file.fileno())
         os.replace(built, folder / f"{name}-{os.path.getsize(built)}.so")
     return library
+
+
+def _division() -> tuple[str, ...]:
+    """Without AVX-512 fast division is by rcpps, of which the reciprocal of a number above 2^126 is 0."""
+    exact = not _X86 or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return () if exact else ("-mrecip=!div,!vec-div",)
 
 
 @functools.lru_cache
