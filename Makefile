@@ -25,7 +25,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Ratios against named peers, as JSON, tables and a plot in results/benchmarks: about 11 minutes on two free cores.
+# Ratios against named peers, as JSON, tables and a plot in results/benchmarks: about 14 minutes on two free cores.
 bench: $(VENV)/.dev
 	$(BIN)/attnpatch bench --repeats 3
 
