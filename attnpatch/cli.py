@@ -1,7 +1,7 @@
 """The `attnpatch` command: variants, convert, inspect, verify, revert, report, bench, bench-gpu, env.
 
 Exit codes: 0 done; 1 a check of `verify` or `bench-gpu` failed; 2 bad input; 3 a fault of attnpatch itself; 130
-interrupted. Everything heavy is imported by the command that needs it, so that --help is quick.
+interrupted; 143 terminated. Everything heavy is imported by the command that needs it, so that --help is quick.
 """
 
 from __future__ import annotations

@@ -263,8 +263,7 @@ def sinkhorn_plan(
         cost: [..., T, S]. row_valid [..., T], column_valid [..., S]: bool, broadcastable to it; None: all.
         eps: strength of the entropy, in units of the cost.
         iterations: at most about this many at the final `eps`.
-        tolerance: stop when the row marginals of every problem are off by less than this, as the sum of
-            absolute
+        tolerance: stop when the row marginals of every problem are off by less than this, as the sum of absolute
             differences (the column marginals are exact up to rounding).
     Returns:
         [..., T, S] without gradient; zero where a row or column is not valid.
@@ -408,16 +407,14 @@ def alignment_loss(
         navigator, critic: networks of "ct"; None is the identity.
         discriminator: network of "gan", which needs one; it returns a logit of shape [...].
         eps, iterations, tolerance: of "ot", see `sinkhorn_plan`.
-        bandwidth: of "mmd": sigma of the kernel, or its heuristic, sigma^2 = the "median" (None) or the
-            cheaper
+        bandwidth: of "mmd": sigma of the kernel, or its heuristic, sigma^2 = the "median" (None) or the cheaper
             "mean" of the squared distances between distinct valid tokens of the problem, without gradient.
         reduction: "mean", "sum" or "none" ([B, H]).
     Returns:
         A scalar in float32 (float64 for float64).
     Raises:
-        SpecError: for an unknown method or reduction, shapes that do not fit, and a network or a missing
-            network
-            that the method has no use for or needs.
+        SpecError: for an unknown method or reduction, shapes that do not fit, a network that the method has no use
+            for, or a missing one that it needs.
     """
     if method not in METHODS:
         raise SpecError(unknown("alignment method", method, METHODS))
@@ -456,8 +453,7 @@ def mmd(
     bandwidth: float | str | None = None,
     reduction: str = "head",
 ) -> Tensor:
-    """The paper's measure: squared MMD between queries and keys, without gradient; [H], to be summed over
-    heads.
+    """The paper's measure: squared MMD between queries and keys, without gradient; [H], to be summed over heads.
 
     Args as in `alignment_loss`; reduction: "head" ([H], mean over the counted sequences), "mean" (scalar) or
     "none" ([B, H]). For numbers that compare between models give a fixed bandwidth.

@@ -328,8 +328,7 @@ def pairwise_aggregate(
     phi_bias: Tensor | None = None,
     block: int | None = None,
 ) -> Tensor:
-    """o_i = sum_j a_ij [ g_ij * u_ij + (1 - g_ij) * v_j ] with one gate and one value for each query-key
-    pair.
+    """o_i = sum_j a_ij [ g_ij * u_ij + (1 - g_ij) * v_j ] with one gate and one value for each query-key pair.
 
     Computed as `weights @ value` plus sum_j a_ij g_ij (u_ij - v_j), the second term in blocks of query rows
     that the backward pass computes again: O(T D + S D + T S) memory, never T x S x D. Not differentiable
@@ -344,8 +343,7 @@ def pairwise_aggregate(
     Returns:
         [B, H, T, D] in the dtype of value.
     Raises:
-        SpecError: for shapes that do not fit, an unknown phi, or phi parameters that are missing or
-            superfluous.
+        SpecError: for shapes that do not fit, an unknown phi, or phi parameters that are missing or superfluous.
     """
     _check_phi(phi, phi_query, phi_value, phi_bias)
     _check_shapes(
@@ -425,8 +423,7 @@ def pooled_aggregate(
     pooling: str = "attention",
     pool_query: Tensor | None = None,
 ) -> Tensor:
-    """o_i = sum_j a_ij [ g_j * phi(qbar_j, v_j) + (1 - g_j) * v_j ]: one mixed query for each key, O(S D)
-    extra.
+    """o_i = sum_j a_ij [ g_j * phi(qbar_j, v_j) + (1 - g_j) * v_j ]: one mixed query for each key, O(S D) extra.
 
     Every query takes part in every qbar, so this is for bidirectional sites only; on a causal site use
     `pairwise_aggregate`.
@@ -435,8 +432,7 @@ def pooled_aggregate(
         query_valid: bool [B, T], True where the query is a token and not padding; None when all are. Padding
             queries take no part in qbar.
         pooling: "attention": qbar_j = sum_i a_ij q_i / sum_i a_ij, and 0 for a key that no query attends to.
-            "additive": qbar = sum_i softmax_i(w_h . q_i) q_i, the same for all keys, with `pool_query` w [H,
-            D].
+            "additive": qbar = sum_i softmax_i(w_h . q_i) q_i, the same for all keys, with `pool_query` w [H, D].
         The rest as in `pairwise_aggregate`.
     Raises:
         SpecError: as `pairwise_aggregate`; also for an unknown pooling and a query_valid that does not fit.
@@ -532,10 +528,8 @@ def query_value_attention(
             product) or "pooled" (`pooled_aggregate` with query_valid, pooling and pool_query).
         query_valid: for gate="pooled" pass it whenever a batch has padding: attn_mask speaks of keys only.
     Raises:
-        SpecError (a ValueError): gate="pooled" on a causal site or with a mask that differs by query, where
-        it
-            would show later tokens to earlier ones; is_causal together with attn_mask; arguments that do not
-            fit.
+        SpecError (a ValueError): gate="pooled" on a causal site or with a mask that differs by query, where it
+            would show later tokens to earlier ones; is_causal together with attn_mask; arguments that do not fit.
     """
     if gate not in GATES:
         raise SpecError(unknown("gate", gate, GATES))
