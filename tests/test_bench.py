@@ -408,7 +408,7 @@ def test_a_gpu_run_is_held_against_the_aims(tmp_path: Path) -> None:
     assert not any(row["measured"] for row in tables.held_against_aims(tmp_path, "cuda"))
 
 
-def test_every_aim_of_a_gpu_has_its_place_in_the_session() -> None:
+def test_every_aim_of_a_gpu_has_its_place_in_the_run() -> None:
     stages = set(gpu.STAGES)
     for target in targets.TARGETS:
         assert (target.cuda is None) == (not target.gpu_run), target.name
