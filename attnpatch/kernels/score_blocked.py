@@ -316,13 +316,13 @@ def _buffer_size(rule: Rule) -> int:
 
 
 def _chunks(
-    query: Tensor, key: Tensor, keep: Tensor | None, rule: Rule
-) -> Iterator[tuple[int, int, slice, Tensor | None]]:
-    """(number, batch, heads, mask): as many heads at a time as make the buffers' size."""
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, rule: Rule
+) -> Iterator[tuple[int, tuple[int, slice], _Chunk]]:
+    """(number, where in [B, H], keys and values there): as many heads at a time as make the buffers' size."""
     n_batch, n_heads, n_queries = query.shape[:3]
     block = max(1, min(n_queries, BLOCK_QUERIES) * min(key.shape[2], BLOCK_KEYS))
     at_once = max(1, _buffer_size(rule) // block)
-    number = 0
+    dtype, number = compute_dtype(query), 0
     for batch in range(n_batch):
         for first in range(0, n_heads, at_once):
             heads = slice(first, min(first + at_once, n_heads))
@@ -330,15 +330,14 @@ def _chunks(
             if keep is not None:
                 mask = keep[batch if keep.shape[0] > 1 else 0]
                 mask = mask[heads] if mask.shape[0] > 1 else mask
-            yield number, batch, heads, mask
+            where = batch, heads
+            yield number, where, _Chunk(rule, key[where], value[where], mask, dtype)
             number += 1
 
 
-def _compiled(rule: Rule, tensors: dict[str, Tensor]) -> Native | None:
-    """Attention in compiled code, if it can take this call."""
+def _compiled(rule: Rule, tensors: dict[str, Tensor], parts: int) -> Native | None:
+    """Attention in compiled code, if it can take this call, of which threads share the `parts`."""
     query, key = tensors["query"], tensors["key"]
-    # Threads share the heads in the backward pass, and the blocks of queries, too, in the forward pass.
-    parts = query.shape[0] * query.shape[1] * (1 if "grad" in tensors else -(-query.shape[2] // BLOCK_QUERIES))
     if rule.dropout_p > 0.0 or not _large(query, key) or parts < torch.get_num_threads():
         return None
     whole = native(rule.kernel, rule.degree, query.dtype)
@@ -393,25 +392,24 @@ def blocked_forward(
     """Output [B, H, T, Dv] in query's dtype; what its rounding lost, for the backward pass; row sums [B, H, T]."""
     output, residual, sums = empty_outputs(query, value, training)
     tensors = {"query": query, "key": key, "value": value, "output": output}
-    if (whole := _compiled(rule, tensors)) is not None:
+    parts = query.shape[:2].numel() * -(-query.shape[2] // BLOCK_QUERIES)
+    if (whole := _compiled(rule, tensors, parts)) is not None:
         keep = compact_mask(keep)
         whole.attend(tensors, sums, keep, **_numbers(rule))
         if not _sums_well(sums):
             with no_autocast(query.device):
                 work = _Workspace(rule, query, key, gradient=False)
-                for number, batch, heads, mask in _chunks(query, key, keep, rule):
-                    chunk = _Chunk(rule, key[batch, heads], value[batch, heads], mask, work.dtype)
-                    _repair(rule, work, chunk, number, *(x[batch, heads] for x in (query, output, sums)))
+                for number, where, chunk in _chunks(query, key, value, keep, rule):
+                    _repair(rule, work, chunk, number, *(x[where] for x in (query, output, sums)))
         return output, residual, sums
     (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], compact_mask(keep), rule)
     r = residual.view(o.shape) if residual.numel() else None
     with no_autocast(query.device):
         work = _Workspace(rule, query, key, gradient=False)
         n.zero_()
-        for number, batch, heads, mask in _chunks(q, k, keep, rule):
-            chunk = _Chunk(rule, k[batch, heads], v[batch, heads], mask, work.dtype)
-            rows, total = q[batch, heads].to(work.dtype), n[batch, heads]
-            target = o[batch, heads]
+        for number, where, chunk in _chunks(q, k, v, keep, rule):
+            rows, total = q[where].to(work.dtype), n[where]
+            target = o[where]
             summed = _place(target, work.dtype)
             for start in range(0, rows.shape[1], BLOCK_QUERIES):
                 stop = min(start + BLOCK_QUERIES, rows.shape[1])
@@ -435,7 +433,7 @@ def blocked_forward(
             if summed is not target:
                 target.copy_(summed)
             if r is not None:
-                r[batch, heads] = summed.sub_(target)
+                r[where] = summed.sub_(target)
     return output, residual, sums
 
 
@@ -498,20 +496,17 @@ def blocked_backward(
     grads = [torch.empty_like(x) for x in (query, key, value)]
     tensors = {"query": query, "key": key, "value": value, "output": output, "grad": _rows(grad)}
     tensors |= dict(zip(("dquery", "dkey", "dvalue"), grads, strict=True))
-    if (whole := _compiled(rule, tensors)) is not None:
+    if (whole := _compiled(rule, tensors, query.shape[:2].numel())) is not None:
         keep = compact_mask(keep)
         whole.attend_backward(tensors, sums.contiguous(), keep, slope=_slope(rule), **_numbers(rule))
         if bool((sums == _PLAIN).any()):
             with no_autocast(query.device):
                 work = _Workspace(rule, query, key, gradient=True)
-                for number, batch, heads, mask in _chunks(query, key, keep, rule):
-                    chunk = _Chunk(rule, key[batch, heads], value[batch, heads], mask, work.dtype)
-                    lost = torch.where(sums[batch, heads].unsqueeze(-1) == _PLAIN, grad[batch, heads], 0.0)
-                    dq, dk, dv = (x[batch, heads] for x in grads)
+                for number, where, chunk in _chunks(query, key, value, keep, rule):
+                    lost = torch.where(sums[where].unsqueeze(-1) == _PLAIN, grad[where], 0.0)
+                    dq, dk, dv = (x[where] for x in grads)
                     seen = slice(chunk.first_key, chunk.n_keys)
-                    _add_plain_gradients(
-                        rule, work, chunk, number, query[batch, heads], lost, dq, dk[:, seen], dv[:, seen]
-                    )
+                    _add_plain_gradients(rule, work, chunk, number, query[where], lost, dq, dk[:, seen], dv[:, seen])
         return grads[0], grads[1], grads[2]
     (q, k, v, o, n), keep = _flatten([query, key, value, output, sums], compact_mask(keep), rule)
     r = residual.view(o.shape) if residual.numel() else None
@@ -519,14 +514,13 @@ def blocked_backward(
     with no_autocast(query.device):
         work = _Workspace(rule, query, key, gradient=True)
         slope = _slope(rule)
-        for number, batch, heads, mask in _chunks(q, k, keep, rule):
-            chunk = _Chunk(rule, k[batch, heads], v[batch, heads], mask, work.dtype)
-            rows = q[batch, heads].to(work.dtype)
-            targets = [x[batch, heads] for x in (dq, dk, dv)]
+        for number, where, chunk in _chunks(q, k, v, keep, rule):
+            rows = q[where].to(work.dtype)
+            targets = [x[where] for x in (dq, dk, dv)]
             results = [_place(x, work.dtype).zero_() for x in targets]
             dq_sum, dk_sum, dv_sum = results
-            total = n[batch, heads].unsqueeze(-1)
-            given = g[batch, heads].to(work.dtype)
+            total = n[where].unsqueeze(-1)
+            given = g[where].to(work.dtype)
             by_plain = None
             if (total <= 0.0).any():
                 by_plain = torch.where(total == _PLAIN, given, 0.0)
@@ -534,7 +528,7 @@ def blocked_backward(
                 rows, given = (x.masked_fill(total <= 0.0, 0.0) for x in (rows, given))
                 total = total.masked_fill(total <= 0.0, 1.0)
             given = given / total
-            exact = o[batch, heads] if r is None else o[batch, heads].to(work.dtype) + r[batch, heads]
+            exact = o[where] if r is None else o[where].to(work.dtype) + r[where]
             delta = (given * exact).sum(-1, keepdim=True)
             # It is subtracted within the product: [dO / N, -delta] [V, 1]^T.
             given_delta = torch.cat([given, -delta], dim=-1)
@@ -565,7 +559,7 @@ def blocked_backward(
             if by_plain is not None:
                 seen = slice(chunk.first_key, chunk.n_keys)
                 _add_plain_gradients(
-                    rule, work, chunk, number, q[batch, heads], by_plain, dq_sum, dk_sum[:, seen], dv_sum[:, seen]
+                    rule, work, chunk, number, q[where], by_plain, dq_sum, dk_sum[:, seen], dv_sum[:, seen]
                 )
             for target, result in zip(targets, results, strict=True):
                 if result is not target:

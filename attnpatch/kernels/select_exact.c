@@ -19,7 +19,8 @@ static int omp_get_thread_num(void) { return 0; }
 #define TILE 8
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 
-/* G groups of T rows (queries), S keys, S' slots for them (steepness 0 where there is no key), M = D + 1. */
+/* G groups of T rows (queries), S keys, S' slots for them (a multiple of CANDIDATES; steepness 0 where there is no key),
+   M = D + 1. */
 struct search {
     const float *columns;        /* [G, S', M] coordinates of the keys in the shared basis */
     const float *rows;           /* [G, M, S'] the same */
