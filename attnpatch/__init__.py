@@ -24,7 +24,7 @@ integration.install()
 _EXPORTS = {
     "AttentionSpec": "attnpatch.spec",
     "AttnpatchError": "attnpatch.errors",
-    "PatchReport": "attnpatch.report",
+    "PatchReport": "attnpatch.patch_report",
     "auxiliary_loss": "attnpatch.auxiliary",
     "convert": "attnpatch.checkpoint",
     "inspect": "attnpatch.checkpoint",
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from attnpatch.checkpoint import convert, inspect, revert
     from attnpatch.configs import patch_config
     from attnpatch.errors import AttnpatchError
+    from attnpatch.patch_report import PatchReport
     from attnpatch.patching import patch, patched, patched_modules, unpatch
     from attnpatch.registry import register_family, register_variant
-    from attnpatch.report import PatchReport
     from attnpatch.spec import AttentionSpec
     from attnpatch.verification import verify
 

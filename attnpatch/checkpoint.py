@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch import files
+from attnpatch import checkpoint_files as files
 from attnpatch.atomic import write_json, writing_aside
+from attnpatch.checkpoint_files import Entry, Weights
 from attnpatch.environment import LIBRARIES, versions
 from attnpatch.errors import AttnpatchError, CheckpointError, SpecError, UnsupportedModelError, one_line, unknown
 from attnpatch.families.base import Family, Site
-from attnpatch.files import Entry, Weights
 from attnpatch.integration import IMPLEMENTATION
 from attnpatch.methods.base import ProjectVariant
 from attnpatch.modelcard import model_card, read_front_matter
+from attnpatch.patch_report import PatchReport
 from attnpatch.patching import patch, patched_modules, plan_of
 from attnpatch.probes import Drift, computing_in_float32, drift, length_for, make_probe, outputs_of
 from attnpatch.registry import family_for_model_type, find_sites
-from attnpatch.report import PatchReport
 from attnpatch.spec import AttentionSpec
 
 MANIFEST_FORMAT = 1

@@ -281,7 +281,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Compare training runs: means over seeds, paired tests against stock, figures."""
-    from attnpatch.experiments.report import write_report
+    from attnpatch.reports.report import write_report
     from attnpatch.training.extra import REPORT, require
 
     require(REPORT)

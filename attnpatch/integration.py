@@ -282,9 +282,9 @@ def _extend_models(module: ModuleType) -> None:
         cls: Any, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
         load = functools.partial(stock_from_pretrained, cls, pretrained_model_name_or_path, *args)
-        from attnpatch.loading import load_model
+        from attnpatch.loading import load_patched
 
-        return load_model(load, pretrained_model_name_or_path, config, kwargs)
+        return load_patched(load, pretrained_model_name_or_path, config, kwargs)
 
     stock_choice = cls.get_correct_attn_implementation
 

@@ -23,7 +23,7 @@ _HUB_ARGUMENTS = (
 )
 
 
-def load_model(load: Callable[..., Any], source: Any, config: Any, arguments: dict[str, Any]) -> Any:
+def load_patched(load: Callable[..., Any], source: Any, config: Any, arguments: dict[str, Any]) -> Any:
     """What `from_pretrained` does once attnpatch is imported.
 
     Args:

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
+from attnpatch.checkpoint_files import CARD
 from attnpatch.environment import LIBRARIES, versions
-from attnpatch.files import CARD
+from attnpatch.patch_report import PatchReport
 from attnpatch.probes import Drift
 from attnpatch.registry import variants as registered
-from attnpatch.report import PatchReport
 
 _KEPT = ("language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "datasets")
 

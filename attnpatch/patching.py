@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 
 from attnpatch.auxiliary import install_loss_hooks, remove_loss_hooks
 from attnpatch.calibrate import CalibrationPair, calibrate_projections
+from attnpatch.checkpoint_files import source_name
 from attnpatch.errors import PatchError, SpecError, UnsupportedModelError, unknown
 from attnpatch.families.base import Site
-from attnpatch.files import source_name
 from attnpatch.integration import ConfigView, install, route_through_pipeline
 from attnpatch.methods.base import ProjectVariant, StageVariant, Variant
+from attnpatch.patch_report import Change, PatchReport
 from attnpatch.pipeline import CORE_STAGES, AttentionPipeline, pipeline_of
 from attnpatch.registry import find_sites, get_variant
-from attnpatch.report import Change, PatchReport
 from attnpatch.spec import AttentionSpec
 from attnpatch.stages import STAGES
 

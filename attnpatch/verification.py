@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnpatch import files
+from attnpatch import checkpoint_files as files
 from attnpatch.auxiliary import auxiliary_loss
 from attnpatch.checkpoint import Checkpoint, load_model, open_checkpoint, quiet_transformers
 from attnpatch.errors import AttnpatchError, CheckpointError, SpecError, unknown

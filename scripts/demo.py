@@ -23,5 +23,5 @@ if __name__ == "__main__":
     # transformers reads these when it is imported.
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here comes from a hub
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    config, run = "attnpatch.training.demo_config:DemoConfig", "attnpatch.training.demo_command:run"
+    config, run = "attnpatch.demo.config:DemoConfig", "attnpatch.demo.command:run"
     sys.exit(start("attnpatch.training.cli", sys.argv[1:], __doc__, config, run, CONFIG))

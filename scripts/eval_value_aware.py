@@ -16,5 +16,8 @@ import sys
 from _start import start
 
 if __name__ == "__main__":
-    config, run = "attnpatch.experiments.value_aware_config:ValueAwareConfig", "attnpatch.experiments.value_aware:run"
+    config, run = (
+        "attnpatch.experiments.value_aware.config:ValueAwareConfig",
+        "attnpatch.experiments.value_aware.run:run",
+    )
     sys.exit(start("attnpatch.training.cli", sys.argv[1:], __doc__, config, run))

@@ -17,4 +17,6 @@ import sys
 from _start import start
 
 if __name__ == "__main__":
-    sys.exit(start("attnpatch.training.cli", sys.argv[1:], __doc__))
+    config = "attnpatch.experiments.translation.config:MarianTrainingConfig"
+    run = "attnpatch.experiments.translation.run:run"
+    sys.exit(start("attnpatch.training.cli", sys.argv[1:], __doc__, config, run))

@@ -17,5 +17,8 @@ import sys
 from _start import start
 
 if __name__ == "__main__":
-    config, run = "attnpatch.training.mlm_config:MLMTrainingConfig", "attnpatch.training.mlm:run"
+    config, run = (
+        "attnpatch.experiments.language_models.config:MLMTrainingConfig",
+        "attnpatch.experiments.language_models.run:run",
+    )
     sys.exit(start("attnpatch.training.cli", sys.argv[1:], __doc__, config, run))

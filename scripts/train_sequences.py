@@ -18,5 +18,5 @@ import sys
 from _start import start
 
 if __name__ == "__main__":
-    config, run = "attnpatch.experiments.sequences_config:SequencesConfig", "attnpatch.experiments.sequences:run"
+    config, run = "attnpatch.experiments.sequences.config:SequencesConfig", "attnpatch.experiments.sequences.run:run"
     sys.exit(start("attnpatch.training.cli", sys.argv[1:], __doc__, config, run))

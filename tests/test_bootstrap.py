@@ -12,10 +12,16 @@ import pytest
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
-from attnpatch.experiments.bootstrap import compare_systems, load
-from attnpatch.experiments.records import ReportError
-from attnpatch.experiments.report import write_report
-from attnpatch.training.bleu_statistics import COLUMNS, bleu_of, bleu_statistics, read_statistics, write_statistics
+from attnpatch.experiments.translation.bleu_statistics import (
+    COLUMNS,
+    bleu_of,
+    bleu_statistics,
+    read_statistics,
+    write_statistics,
+)
+from attnpatch.reports.bootstrap import compare_systems, load
+from attnpatch.reports.records import ReportError
+from attnpatch.reports.report import write_report
 from attnpatch.training.errors import DataError
 
 

@@ -10,21 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from run_script import run_script
 from safetensors.torch import load_file
 
-from attnpatch.training import demo, trainer
-from attnpatch.training.cli import main as script
+from attnpatch.demo import run as demo
+from attnpatch.demo.config import DemoConfig
+from attnpatch.demo.run import VARIANTS, Demo, Row, Variant
+from attnpatch.experiments.translation import trainer
+from attnpatch.experiments.translation.tokenizer import encode
 from attnpatch.training.config import load_config
-from attnpatch.training.demo import VARIANTS, Demo, Row, Variant
-from attnpatch.training.demo_config import DemoConfig
-from attnpatch.training.tokenizer import encode
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo-cpu.yaml"
 
 
 def main(argv: list[str], usage: str | None = None) -> int:
-    where = ("attnpatch.training.demo_config:DemoConfig", "attnpatch.training.demo_command:run")
-    return script(argv, usage, *where, CONFIG)
+    return run_script("demo", argv, usage, CONFIG)
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def test_oracle_is_measured_where_it_has_to_choose(tmp_path: Path) -> None:
     config = load_config(DemoConfig, CONFIG, [f"output={tmp_path}", "corpus.train=2000"])
     steps = Demo(config)
     steps.write_corpus()
-    from attnpatch.training.tokenizer import build_tokenizer
+    from attnpatch.experiments.translation.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(
         config.base.tokenizer, steps.test.sources, steps.test.targets, ("de", "en"), tmp_path / "t"

@@ -20,12 +20,12 @@ from distributed_worker import FAMILIES, SPEC, STEPS, family_batch, family_model
 
 import attnpatch
 from attnpatch.errors import CheckpointError
+from attnpatch.experiments.translation.config import MarianTrainingConfig
 from attnpatch.training import distribution
 from attnpatch.training.batching import SentenceBatchSampler
 from attnpatch.training.checkpoints import load_weights
 from attnpatch.training.distribution import check_accelerator, check_before, check_launch, hold, releases_folders
 from attnpatch.training.errors import ConfigError, TrainingError
-from attnpatch.training.marian_config import MarianTrainingConfig
 from attnpatch.training.sharding import layers
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from run_script import run_script
 
 import attnpatch
-from attnpatch.experiments.report import write_report
-from attnpatch.experiments.value_aware import run
-from attnpatch.experiments.value_aware_config import ValueAwareConfig
-from attnpatch.training.blocks import FixedBlocks, make_blocks
-from attnpatch.training.bpe import build_byte_level
-from attnpatch.training.cli import main
+from attnpatch.experiments.language_models.blocks import FixedBlocks, make_blocks
+from attnpatch.experiments.language_models.bpe import build_byte_level
+from attnpatch.experiments.language_models.config import ByteLevelConfig, MaskingConfig, TextConfig
+from attnpatch.experiments.language_models.text import load_text
+from attnpatch.experiments.value_aware.config import ValueAwareConfig
+from attnpatch.experiments.value_aware.run import run
+from attnpatch.reports.report import write_report
 from attnpatch.training.config import load_config
-from attnpatch.training.mlm_config import ByteLevelConfig, MaskingConfig, TextConfig
-from attnpatch.training.text import load_text
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 WIDTH, LENGTH = 6, 14
@@ -183,12 +183,10 @@ def test_errors_are_sentences(data: Path, tokenizer: Any, tmp_path: Path, capsys
     folder = saved(tmp_path / "run" / "model", tokenizer, "expressive+top_r")
 
     def fails(*words: str) -> str:
-        where = (
-            "attnpatch.experiments.value_aware_config:ValueAwareConfig",
-            "attnpatch.experiments.value_aware:run",
-        )
         base = [f"data.dir={data}", "data.test=[test.txt]", f"data.block_size={LENGTH}", "device=cpu", "threads=1"]
-        assert main([*base, f"output.dir={tmp_path / 'out'}", f"models=[{folder}]", *words], None, *where) == 2
+        assert (
+            run_script("eval_value_aware", [*base, f"output.dir={tmp_path / 'out'}", f"models=[{folder}]", *words]) == 2
+        )
         return capsys.readouterr().err
 
     assert "is sparse already (top_r)" in fails("blocks=2")

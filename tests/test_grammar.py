@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from attnpatch.errors import AttnpatchError
-from attnpatch.training.grammar import (
+from attnpatch.demo.grammar import (
     SYNTHETIC_NOTICE,
     GrammarError,
     Pair,
@@ -21,11 +20,12 @@ from attnpatch.training.grammar import (
     stream,
     write_corpus,
 )
-from attnpatch.training.grammar import entries as e
-from attnpatch.training.grammar import nouns as n
-from attnpatch.training.grammar import verbs as v
-from attnpatch.training.grammar.sample import Sampler, combinations
-from attnpatch.training.grammar.splits import SPLITS, combination_split, table
+from attnpatch.demo.grammar import entries as e
+from attnpatch.demo.grammar import nouns as n
+from attnpatch.demo.grammar import verbs as v
+from attnpatch.demo.grammar.sample import Sampler, combinations
+from attnpatch.demo.grammar.splits import SPLITS, combination_split, table
+from attnpatch.errors import AttnpatchError
 
 
 def np(noun: str, determiner: str = "def", adjective: str | None = None, plural: bool = False) -> e.NounPhrase:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from attnpatch.cli import main
-from attnpatch.experiments.records import Metric, ReportError, find_results, group, load_runs
-from attnpatch.experiments.report import write_report
-from attnpatch.experiments.statistics import compare, summary
+from attnpatch.reports.records import Metric, ReportError, find_results, group, load_runs
+from attnpatch.reports.report import write_report
+from attnpatch.reports.statistics import compare, summary
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -268,7 +268,7 @@ def test_the_page_has_the_numbers_of_the_runs(tmp_path: Path, monkeypatch: pytes
     kept = RESULTS.parent / "docs" / "results.md"
     page = tmp_path / "results.md"
     page.write_bytes(kept.read_bytes())
-    monkeypatch.setattr("attnpatch.experiments.report._draw", lambda section, out: [])  # half a minute
+    monkeypatch.setattr("attnpatch.reports.report._draw", lambda section, out: [])  # half a minute
     write_report([RESULTS], tmp_path / "out", page)
     assert page.read_text(encoding="utf-8") == kept.read_text(encoding="utf-8"), (
         "run: attnpatch report results --output results/report --markdown docs/results.md"
@@ -437,7 +437,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_rounding_is_no_certainty() -> None:
-    from attnpatch.experiments.statistics import compare
+    from attnpatch.reports.statistics import compare
 
     found = compare({1: 0.3, 2: 0.4, 3: 0.5}, {1: 0.2, 2: 0.3, 3: 0.4}, True)
     assert found is not None

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from run_script import config_class, run_script
 
-from attnpatch.experiments.records import ReportError
-from attnpatch.experiments.report import write_report
-from attnpatch.training.cli import main
+from attnpatch.reports.records import ReportError
+from attnpatch.reports.report import write_report
 from attnpatch.training.config import load_config
 from attnpatch.training.errors import ConfigError
 from attnpatch.training.smoke import shrink
@@ -23,27 +22,8 @@ MODEL = ["model.hidden_size=16", "model.layers=1", "model.heads=2", "model.ffn_d
 TRAINING = ["training.threads=1", "training.precision=fp32", "training.device=cpu", "training.epochs=50"]
 
 
-def entry_points(script: str) -> tuple[str, str]:
-    """The names of config and function that a script gives to the command line."""
-    tree = ast.parse((ROOT / "scripts" / f"{script}.py").read_text(encoding="utf-8"))
-    found = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    config, run = (
-        ([name for name in found if name.startswith("attnpatch.") and name.endswith(end)] or [default])[0]
-        for end, default in (
-            ("Config", "attnpatch.training.marian_config:MarianTrainingConfig"),
-            (":run", "attnpatch.training.marian:run"),
-        )
-    )
-    return config, run
-
-
 def smoke(script: str, *words: str) -> int:
-    return main([*words, "--smoke"], None, *entry_points(script))
-
-
-def config_class(script: str) -> Any:
-    module, _, name = entry_points(script)[0].partition(":")
-    return getattr(__import__(module, fromlist=[name]), name)
+    return run_script(script, [*words, "--smoke"])
 
 
 def sentences(count: int) -> list[str]:
@@ -161,6 +141,5 @@ def test_limits_bound_and_keep(script: str) -> None:
 
 
 def test_a_script_without_limits_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    demo = ("attnpatch.training.demo_config:DemoConfig", "attnpatch.training.demo_command:run")
-    assert main([str(ROOT / "configs" / "demo-cpu.yaml"), "--smoke"], None, *demo) == 2
+    assert run_script("demo", [str(ROOT / "configs" / "demo-cpu.yaml"), "--smoke"]) == 2
     assert "has no --smoke" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from run_script import run_script
 
 from attnpatch.errors import CheckpointError
 from attnpatch.experiments.classification.config import ClassificationConfig
@@ -23,7 +24,6 @@ from attnpatch.experiments.classification.discrepancy import query_key_discrepan
 from attnpatch.experiments.classification.metrics import calibration_error, pooled, probabilities, reliability, scores
 from attnpatch.experiments.classification.run import run
 from attnpatch.experiments.classification.tasks import TASKS
-from attnpatch.training.cli import main
 from attnpatch.training.config import load_config
 from attnpatch.training.errors import ConfigError, DataError, RunPaused, TrainingError
 from attnpatch.training.pretrained import checkpoint_path
@@ -458,14 +458,12 @@ def test_a_loss_that_is_not_finite_names_files_and_lines(glue: Path, tmp_path: P
 
 
 def test_the_command_line(glue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    where = ("attnpatch.experiments.classification.config:ClassificationConfig",)
-    where += ("attnpatch.experiments.classification.run:run",)
     config = str(CONFIGS / "glue-cpu.yaml")
-    assert main([config, "task.max_train_exmples=3"], None, *where) == 2
+    assert run_script("train_classifier", [config, "task.max_train_exmples=3"]) == 2
     assert "did you mean 'max_train_examples'" in capsys.readouterr().err
-    assert main([config, "task.name=sst3"], None, *where) == 2
+    assert run_script("train_classifier", [config, "task.name=sst3"]) == 2
     assert "did you mean 'sst2'" in capsys.readouterr().err
-    assert main([config, f"data.dir={tmp_path}", f"output.dir={tmp_path / 'o'}"], None, *where) == 2
+    assert run_script("train_classifier", [config, f"data.dir={tmp_path}", f"output.dir={tmp_path / 'o'}"]) == 2
     assert "no file" in (error := capsys.readouterr().err)
     assert "nyu-mll/glue" in error
 
@@ -480,7 +478,7 @@ def test_configs_of_the_study(path: Path) -> None:
 
 
 def test_report_compares_by_task(glue: Path, tmp_path: Path) -> None:
-    from attnpatch.experiments.report import write_report
+    from attnpatch.reports.report import write_report
 
     for name in ("sst2", "stsb"):
         for spec in ("stock", "alignment"):

@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from run_script import run_script
 
 import attnpatch
+from attnpatch.experiments.translation.config import MarianTrainingConfig
+from attnpatch.experiments.translation.run import run
 from attnpatch.training.checkpoints import (
     MARKER,
     checkpoints,
@@ -26,12 +29,9 @@ from attnpatch.training.checkpoints import (
     mark_complete,
     rotate,
 )
-from attnpatch.training.cli import main
 from attnpatch.training.config import load_config
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.files import sha256_file
-from attnpatch.training.marian import run
-from attnpatch.training.marian_config import MarianTrainingConfig
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train_marian.py"
 TINY = [
@@ -210,7 +210,7 @@ def test_calibration_sees_no_padding(data: Path, tmp_path: Path, monkeypatch: py
     """Every position that the fit counts is one of a real token, on both sides."""
     train(data, tmp_path / "base", "training.max_steps=1", *ONLY_TRAIN)
     from attnpatch import calibrate
-    from attnpatch.training import calibration
+    from attnpatch.experiments.translation import calibration
 
     batches: list[dict[str, torch.Tensor]] = []
     rows: list[int] = []
@@ -348,7 +348,7 @@ def test_two_processes_equal_two_accumulated_batches(data: Path, tmp_path: Path)
 @pytest.mark.parametrize("stop", [3, 6])
 def test_resume_in_process_is_bitwise(data: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same without a second process: stopped by an exception right after a checkpoint."""
-    from attnpatch.training import trainer as module
+    from attnpatch.experiments.translation import trainer as module
 
     more = ("training.max_steps=9", "training.evaluate_every=3", "training.save_every=3", "model.dropout=0.3")
     whole = train(data, tmp_path / "whole", *more)
@@ -419,7 +419,7 @@ def test_errors_are_one_sentence(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
 ) -> None:
     words = words if words[0].endswith(".yaml") else [*settings(data, tmp_path / "run"), *words]
-    assert main(words) == 2
+    assert run_script("train_marian", words) == 2
     captured = capsys.readouterr()
     assert expected in captured.err
     assert captured.err.count("\n") == 1
@@ -464,10 +464,10 @@ def test_a_plugins_variant_is_trained(
     registry.variants()
     monkeypatch.setattr(registry, "_variants", dict(registry._variants))
     words = settings(data, tmp_path / "run", "spec=mine", "training.max_steps=1", "output.quiet=true")
-    assert main(words) == 2
+    assert run_script("train_marian", words) == 2
     assert "unknown variant 'mine'" in capsys.readouterr().err
     try:
-        assert main([*way, *words]) == 0
+        assert run_script("train_marian", [*way, *words]) == 0
     finally:
         sys.modules.pop("my_scores", None)
     assert "mine" in json.dumps(json.loads((tmp_path / "run" / "results.json").read_text())["spec"])
@@ -475,7 +475,7 @@ def test_a_plugins_variant_is_trained(
         (["--plugin", "my_score"], "plugin 'my_score' cannot be imported"),
         (["--plugin"], "needs"),
     ):
-        assert main([*words, *wrong]) == 2
+        assert run_script("train_marian", [*words, *wrong]) == 2
         assert expected in capsys.readouterr().err
 
 
@@ -495,13 +495,13 @@ def test_an_unsupported_transformers_is_one_sentence(tmp_path: Path) -> None:
 def test_help_and_interrupt(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["--help"], "usage text") == 0
+    assert run_script("train_marian", ["--help"], "usage text") == 0
     assert capsys.readouterr().out == "usage text\n"
-    from attnpatch.training import marian
+    from attnpatch.experiments.translation import run as module
 
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(marian, "load_split", interrupted)
-    assert main(settings(data, tmp_path / "run")) == 130
+    monkeypatch.setattr(module, "load_split", interrupted)
+    assert run_script("train_marian", settings(data, tmp_path / "run")) == 130
     assert "resumes" in capsys.readouterr().err

@@ -17,19 +17,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pyarrow import parquet
+from run_script import run_script
 
+from attnpatch.experiments.language_models.blocks import BlockCollator, FixedBlocks, make_blocks
+from attnpatch.experiments.language_models.bpe import build_byte_level, load_fast_tokenizer
+from attnpatch.experiments.language_models.config import ByteLevelConfig, MaskingConfig, MLMTrainingConfig, TextConfig
+from attnpatch.experiments.language_models.run import run
+from attnpatch.experiments.language_models.text import load_text
+from attnpatch.experiments.language_models.trainer import PredictedPositions
 from attnpatch.training.batching import IGNORE
-from attnpatch.training.blocks import BlockCollator, FixedBlocks, make_blocks
-from attnpatch.training.bpe import build_byte_level, load_fast_tokenizer
 from attnpatch.training.checkpoints import last_complete, step_of
-from attnpatch.training.cli import main
 from attnpatch.training.config import load_config
 from attnpatch.training.errors import ConfigError, DataError, RunPaused, TrainingError
-from attnpatch.training.lm_trainer import PredictedPositions
 from attnpatch.training.losses import token_loss
-from attnpatch.training.mlm import run
-from attnpatch.training.mlm_config import ByteLevelConfig, MaskingConfig, MLMTrainingConfig, TextConfig
-from attnpatch.training.text import load_text
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train_mlm.py"
@@ -367,9 +367,8 @@ def test_resume_is_bitwise(
         with pytest.raises(RunPaused, match="paused at step 1 of 29"):
             train(data, out, *more, "training.stop_after_minutes=0")
         assert not (out / "results.json").exists()
-        where = ("attnpatch.training.mlm_config:MLMTrainingConfig", "attnpatch.training.mlm:run")
         words = [*TINY, f"data.dir={data}", f"output.dir={out}", *more, "training.stop_after_minutes=0"]
-        assert main(words, None, *where) == 75
+        assert run_script("train_mlm", words) == 75
         assert "paused at step 2 of 29; the same command goes on" in capsys.readouterr().err
     part = train(data, out, *more)
     assert part["resumed_at"] == ([12] if how == "stopped" else [1, 2])
@@ -405,10 +404,9 @@ def test_a_nan_names_step_blocks_and_lines(data: Path, tmp_path: Path, monkeypat
 
 
 def test_errors_are_sentences(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    where = ("attnpatch.training.mlm_config:MLMTrainingConfig", "attnpatch.training.mlm:run")
 
     def fails(*words: str) -> str:
-        assert main([*TINY, f"data.dir={data}", f"output.dir={tmp_path}", *words], None, *where) == 2
+        assert run_script("train_mlm", [*TINY, f"data.dir={data}", f"output.dir={tmp_path}", *words]) == 2
         return capsys.readouterr().err
 
     assert "did you mean 'probability'" in fails("masking.probabilty=0.2")
@@ -489,7 +487,7 @@ def test_killed_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path) -> 
 
 
 def test_pieces_of_one_character_are_one_word() -> None:
-    from attnpatch.training.blocks import _word_starts
+    from attnpatch.experiments.language_models.blocks import _word_starts
 
     # "ab 🜁🜂": two words; each of the last two characters in two pieces that share its place.
     offsets = [(0, 1), (1, 2), (2, 4), (3, 4), (4, 5), (4, 5), (6, 7)]

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from run_script import run_script
 
-from attnpatch.experiments.sequence_tasks import Cell, batch_of, ceiling, nt_sequences, scored_labels
-from attnpatch.experiments.sequences import build_decoder, eval_sets, run
-from attnpatch.experiments.sequences_config import CellConfig, SequencesConfig
+from attnpatch.experiments.sequences.config import CellConfig, SequencesConfig
+from attnpatch.experiments.sequences.run import build_decoder, eval_sets, run
+from attnpatch.experiments.sequences.tasks import Cell, batch_of, ceiling, nt_sequences, scored_labels
 from attnpatch.training.batching import IGNORE
-from attnpatch.training.cli import main
 from attnpatch.training.config import load_config
 from attnpatch.training.errors import ConfigError, RunPaused, TrainingError
 
@@ -218,8 +218,7 @@ def test_resume_is_exact(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPat
 
 def test_errors_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(*words: str) -> str:
-        where = ("attnpatch.experiments.sequences_config:SequencesConfig", "attnpatch.experiments.sequences:run")
-        assert main([*TINY, f"output.dir={tmp_path}", *words], None, *where) == 2
+        assert run_script("train_sequences", [*TINY, f"output.dir={tmp_path}", *words]) == 2
         return capsys.readouterr().err
 
     assert "did you mean 'delays'" in fails("task.delay=[2]")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from attnpatch.experiments.translation.config import MarianTrainingConfig
 from attnpatch.training.config import load_config
 from attnpatch.training.errors import ConfigError
-from attnpatch.training.marian_config import MarianTrainingConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -91,8 +91,8 @@ def test_shipped_configs_load(name: str) -> None:
 
 
 def test_one_variable_names_the_folder_of_all_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnpatch.experiments.value_aware_config import ValueAwareConfig
-    from attnpatch.training.mlm_config import MLMTrainingConfig
+    from attnpatch.experiments.language_models.config import MLMTrainingConfig
+    from attnpatch.experiments.value_aware.config import ValueAwareConfig
 
     monkeypatch.setenv("ATTNPATCH_DATA", "/there")
     path = CONFIGS / "multi30k-cpu.yaml"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from attnpatch.training.data import load_split, merge
+from attnpatch.experiments.translation.config import DataConfig
+from attnpatch.experiments.translation.data import load_split, merge
 from attnpatch.training.errors import DataError
 from attnpatch.training.files import sha256_file
-from attnpatch.training.marian_config import DataConfig
 
 
 def put(folder: Path, **files: str | bytes) -> None:

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from attnpatch.training.metrics import Bleu, ChrF, score_translations
+from attnpatch.experiments.translation.metrics import Bleu, ChrF, score_translations
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from attnpatch.experiments.translation.config import TokenizerConfig
+from attnpatch.experiments.translation.tokenizer import build_tokenizer, encode, load_tokenizer
 from attnpatch.training.errors import ConfigError, TrainingError
-from attnpatch.training.marian_config import TokenizerConfig
-from attnpatch.training.tokenizer import build_tokenizer, encode, load_tokenizer
 
 LANGUAGES = ("de", "en")
 

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 
 import attnpatch
-from attnpatch.training.batching import IGNORE, SentenceBatchSampler, TranslationCollator
+from attnpatch.experiments.translation.collator import TranslationCollator
+from attnpatch.experiments.translation.trainer import TranslationTrainer
+from attnpatch.training.batching import IGNORE, SentenceBatchSampler
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.losses import token_loss
-from attnpatch.training.trainer import TranslationTrainer
 
 VOCAB = 40
 
@@ -253,7 +254,7 @@ def test_translations_are_those_of_generate_in_order(tmp_path: Path, spec: str |
 
 
 def test_a_model_that_wants_no_cache_or_another_gets_none_of_ours(tmp_path: Path) -> None:
-    from attnpatch.training.decoding import empty_cache
+    from attnpatch.experiments.translation.decoding import empty_cache
 
     model, data = tiny_model(), rows(12)
     assert list(empty_cache(model, model.generation_config)) == ["past_key_values"]
@@ -270,7 +271,7 @@ def test_a_model_that_wants_no_cache_or_another_gets_none_of_ours(tmp_path: Path
 def test_tokens_that_are_forbidden_in_decoding_stay_so() -> None:
     from transformers import GenerationConfig
 
-    from attnpatch.training.decoding import lean_generation
+    from attnpatch.experiments.translation.decoding import lean_generation
 
     given = GenerationConfig(bad_words_ids=[[5], [7]], eos_token_id=0)
     lean = lean_generation(given)

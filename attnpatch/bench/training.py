@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from attnpatch.bench.timing import BenchmarkError, Settings, summary
+from attnpatch.experiments.translation.config import MarianTrainingConfig
+from attnpatch.experiments.translation.data import load_split, merge
+from attnpatch.experiments.translation.run import run
+from attnpatch.experiments.translation.tokenizer import encode, load_tokenizer
 from attnpatch.training.config import load_config
-from attnpatch.training.data import load_split, merge
-from attnpatch.training.marian import run
-from attnpatch.training.marian_config import MarianTrainingConfig
 from attnpatch.training.runs import use_bf16
-from attnpatch.training.tokenizer import encode, load_tokenizer
 
 SETTINGS = """
 model: {d_model: 256, encoder_layers: 3, decoder_layers: 3, heads: 4, ffn_dim: 1024}
@@ -286,7 +286,7 @@ def _ratios(rates: dict[str, list[float]]) -> dict[str, Any]:
 
 def synthetic(folder: Path) -> Path:
     """The built-in grammar's pairs, as files."""
-    from attnpatch.training.grammar import write_corpus
+    from attnpatch.demo.grammar import write_corpus
 
     write_corpus(folder, 20_000, 100, 500, 1)
     return folder

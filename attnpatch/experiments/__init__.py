@@ -1,1 +1,1 @@
-"""The studies of the papers: their tasks, what is measured, and reports over many runs."""
+"""The studies of the papers, a package each: its config, data, model, trainer and whole run."""

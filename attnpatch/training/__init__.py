@@ -1,1 +1,1 @@
-"""What the training scripts share: configs, data, tokenizers, batches, metrics, the trainer and its results."""
+"""What the training scripts share: configs, distribution, the trainer, checkpoints and results."""

@@ -17,17 +17,18 @@ WRONG, FAILED, PAUSED, INTERRUPTED = 1, 2, 75, 130
 
 def main(
     argv: Sequence[str],
-    usage: str | None = None,
-    config_class: str = "attnpatch.training.marian_config:MarianTrainingConfig",
-    run: str = "attnpatch.training.marian:run",
+    usage: str | None,
+    config_class: str,
+    run: str,
     default_config: Path | None = None,
 ) -> int:
-    """Runs an experiment; its config class (a ScriptConfig) and its function are given as module:name, so that a
-    wrong config is told before anything heavy is imported.
+    """Runs an experiment.
 
     Args:
         argv: a config file, settings `key=value`, `--plugin MODULE`, `--smoke`, `--debug`, `--help`.
         usage: what `--help` prints.
+        config_class, run: its config class (a ScriptConfig) and its function, as module:name, so that a wrong config
+            is told before anything heavy is imported.
         default_config: read when argv names no config file.
 
     Returns 0; 1 when a run found a result that must not be; 2 after an error, said in one sentence; 75 when it paused

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from attnpatch.checkpoint_files import looks_local
 from attnpatch.errors import CheckpointError, one_line, unknown
-from attnpatch.files import looks_local
 from attnpatch.registry import get_variant
 from attnpatch.spec import AttentionSpec
 from attnpatch.training.errors import ConfigError

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from attnpatch.experiments.classification.tasks import TASKS
+from attnpatch.experiments.language_models.config import ByteLevelConfig, EncoderConfig
 from attnpatch.training.config import at_least, one_of
 from attnpatch.training.extra import CLASSIFYING
-from attnpatch.training.mlm_config import ByteLevelConfig, EncoderConfig
 from attnpatch.training.run_config import SMOKE_TRAINING, CommonTraining, OutputConfig, RunConfig, check_heads
 
 

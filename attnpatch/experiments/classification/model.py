@@ -6,8 +6,13 @@ from typing import Any
 
 from attnpatch.experiments.classification.config import ClassificationConfig
 from attnpatch.experiments.classification.tasks import Task
+from attnpatch.experiments.language_models.model import (
+    check_block_size,
+    check_vocabulary,
+    fresh_config,
+    prepare_encoder,
+)
 from attnpatch.training.errors import TrainingError
-from attnpatch.training.lm_modeling import check_block_size, check_vocabulary, fresh_config, prepare_encoder
 from attnpatch.training.modeling import from_checkpoint, from_scratch, override
 
 

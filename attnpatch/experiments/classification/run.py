@@ -18,8 +18,8 @@ from attnpatch.experiments.classification.metrics import draw_reliability, proba
 from attnpatch.experiments.classification.model import build_classifier
 from attnpatch.experiments.classification.tasks import TASKS, Task
 from attnpatch.experiments.classification.trainer import ClassificationTrainer, Encoded, RowCollator, encode
+from attnpatch.experiments.language_models.bpe import build_byte_level, load_fast_tokenizer
 from attnpatch.training.batching import SentenceBatchSampler
-from attnpatch.training.bpe import build_byte_level, load_fast_tokenizer
 from attnpatch.training.checkpoints import checkpoints
 from attnpatch.training.distribution import releases_folders
 from attnpatch.training.files import read_json, sha256_lines

@@ -19,25 +19,25 @@ from torch import Tensor
 
 import attnpatch
 from attnpatch.environment import available_cpus, machine, versions
-from attnpatch.experiments.value_aware_config import EXACT, ValueAwareConfig
-from attnpatch.experiments.value_aware_report import draw
+from attnpatch.experiments.language_models.blocks import FixedBlocks, make_blocks
+from attnpatch.experiments.language_models.bpe import load_fast_tokenizer
+from attnpatch.experiments.language_models.model import FAMILIES, check_block_size
+from attnpatch.experiments.language_models.text import LineText, load_text, merge_text
+from attnpatch.experiments.value_aware.config import EXACT, ValueAwareConfig
+from attnpatch.experiments.value_aware.report import draw
 from attnpatch.functional import top_r_weights, value_aware_weights
 from attnpatch.pipeline import AttentionPipeline, pipeline_of
 from attnpatch.registry import find_sites
 from attnpatch.stages.select import SelectStage
 from attnpatch.training.batching import IGNORE
-from attnpatch.training.blocks import FixedBlocks, make_blocks
-from attnpatch.training.bpe import load_fast_tokenizer
 from attnpatch.training.distribution import check_alone
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.files import read_json, sha256_file
-from attnpatch.training.lm_modeling import FAMILIES, check_block_size
 from attnpatch.training.losses import token_loss
 from attnpatch.training.modeling import checkpoint_errors
 from attnpatch.training.results import count_parameters, write_results
 from attnpatch.training.run_folder import check_folder
 from attnpatch.training.runs import speaker
-from attnpatch.training.text import LineText, load_text, merge_text
 
 
 class OutputErrors(SelectStage):

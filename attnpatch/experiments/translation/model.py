@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnpatch.training.calibration import calibrates
+from attnpatch.experiments.translation.calibration import calibrates
+from attnpatch.experiments.translation.config import MarianTrainingConfig
 from attnpatch.training.errors import TrainingError
-from attnpatch.training.marian_config import MarianTrainingConfig
 from attnpatch.training.modeling import check_activation, from_checkpoint, from_scratch, override
 
 

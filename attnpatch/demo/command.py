@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from attnpatch.training.demo_config import DemoConfig
+from attnpatch.demo.config import DemoConfig
 from attnpatch.training.errors import WrongResult
 
 
 def run(config: DemoConfig) -> None:
     """Raises WrongResult when a conversion changed what it must not change."""
     print("attnpatch demo: loading torch and transformers", flush=True)
-    from attnpatch.training.demo import run_demo
+    from attnpatch.demo.run import run_demo
 
     result = run_demo(config)
     if result.failed:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import attnpatch
-from attnpatch.training.batching import IGNORE, TranslationCollator, length_batches
-from attnpatch.training.marian_config import MarianTrainingConfig
+from attnpatch.experiments.translation.collator import TranslationCollator
+from attnpatch.experiments.translation.config import MarianTrainingConfig
+from attnpatch.training.batching import IGNORE, length_batches
 
 PAIRS = 1024
 """Training pairs that the fit sees, evenly spaced: some 25,000 tokens, for at most 2 d_model features a projection."""

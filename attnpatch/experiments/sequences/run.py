@@ -18,12 +18,12 @@ from torch.utils.data import Dataset
 
 from attnpatch.atomic import write_json
 from attnpatch.environment import machine, versions
-from attnpatch.experiments.sequence_tasks import Cell, batch_of, ceiling, nt_sequences, scored_labels
-from attnpatch.experiments.sequences_config import CellConfig, SequencesConfig
-from attnpatch.experiments.sequences_report import by_spec, draw
+from attnpatch.experiments.language_models.blocks import generator_for
+from attnpatch.experiments.sequences.config import CellConfig, SequencesConfig
+from attnpatch.experiments.sequences.report import by_spec, draw
+from attnpatch.experiments.sequences.tasks import Cell, batch_of, ceiling, nt_sequences, scored_labels
 from attnpatch.spec import AttentionSpec
 from attnpatch.training.batching import IGNORE, SentenceBatchSampler
-from attnpatch.training.blocks import generator_for
 from attnpatch.training.distribution import check_alone, hold, releases_folders
 from attnpatch.training.errors import RunPaused
 from attnpatch.training.files import read_json, sha256_lines

@@ -1,6 +1,7 @@
 """The demo: one stock Marian on the synthetic corpus, converted to every variant, checked, trained on, scored.
 
-Training is `attnpatch.training.marian.run`, which scripts/train_marian.py calls too; conversion is `attnpatch.convert`.
+Training is `attnpatch.experiments.translation.run.run`, which scripts/train_marian.py calls too; conversion is
+`attnpatch.convert`.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnpatch.demo.config import DemoConfig
+from attnpatch.demo.grammar import SYNTHETIC_NOTICE, write_corpus
+from attnpatch.demo.report import CONSOLE, write_report
 from attnpatch.environment import machine, versions
+from attnpatch.experiments.translation.collator import TranslationCollator
+from attnpatch.experiments.translation.data import ParallelText, load_split
+from attnpatch.experiments.translation.metrics import score_translations
+from attnpatch.experiments.translation.run import run
+from attnpatch.experiments.translation.tokenizer import encode, load_tokenizer
 from attnpatch.spec import AttentionSpec
-from attnpatch.training.batching import IGNORE, TranslationCollator, length_batches
-from attnpatch.training.data import ParallelText, load_split
-from attnpatch.training.demo_config import DemoConfig
-from attnpatch.training.demo_report import CONSOLE, write_report
+from attnpatch.training.batching import IGNORE, length_batches
 from attnpatch.training.files import sha256_file
-from attnpatch.training.grammar import SYNTHETIC_NOTICE, write_corpus
-from attnpatch.training.marian import run
-from attnpatch.training.metrics import score_translations
 from attnpatch.training.run_folder import check_folder
 from attnpatch.training.runs import use_bf16
-from attnpatch.training.tokenizer import encode, load_tokenizer
 
 TOLERANCE = 1e-5
 """How far a logit may move where a conversion must keep the model's function: in float64, so that a change shows and

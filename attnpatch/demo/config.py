@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from attnpatch.experiments.translation.config import MarianTrainingConfig
 from attnpatch.training.config import at_least, one_of
 from attnpatch.training.errors import ConfigError
 from attnpatch.training.extra import DRAWING
-from attnpatch.training.marian_config import MarianTrainingConfig
 from attnpatch.training.run_config import ScriptConfig
 
 

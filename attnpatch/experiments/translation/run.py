@@ -12,13 +12,15 @@ from typing import Any
 import torch
 
 from attnpatch.atomic import write_text
-from attnpatch.training.batching import SentenceBatchSampler, TokenBatchSampler, TranslationCollator
-from attnpatch.training.calibration import calibrates, patch_calibrated
-from attnpatch.training.data import ParallelText, load_split, merge
+from attnpatch.experiments.translation.calibration import calibrates, patch_calibrated
+from attnpatch.experiments.translation.collator import TranslationCollator
+from attnpatch.experiments.translation.config import MarianTrainingConfig
+from attnpatch.experiments.translation.data import ParallelText, load_split, merge
+from attnpatch.experiments.translation.model import build_model
+from attnpatch.experiments.translation.tokenizer import build_tokenizer, encode, load_tokenizer
+from attnpatch.training.batching import SentenceBatchSampler, TokenBatchSampler
 from attnpatch.training.distribution import releases_folders
 from attnpatch.training.errors import TrainingError
-from attnpatch.training.marian_config import MarianTrainingConfig
-from attnpatch.training.marian_modeling import build_model
 from attnpatch.training.modeling import checkpoint_identity
 from attnpatch.training.results import count_parameters
 from attnpatch.training.run_folder import FREE_TRAINING, identity, resume_point
@@ -32,7 +34,6 @@ from attnpatch.training.runs import (
     train_and_score,
     training_arguments,
 )
-from attnpatch.training.tokenizer import build_tokenizer, encode, load_tokenizer
 
 # Settings that do not change what is trained: they may differ when a run is resumed.
 FREE_SETTINGS = {
@@ -148,7 +149,7 @@ def _trainer(
 ) -> Any:
     from transformers import Seq2SeqTrainingArguments
 
-    from attnpatch.training.trainer import TranslationTrainer
+    from attnpatch.experiments.translation.trainer import TranslationTrainer
 
     config: MarianTrainingConfig = run.config
     args = training_arguments(Seq2SeqTrainingArguments, config, predict_with_generate=True)
@@ -181,7 +182,7 @@ def _trainer(
 def _translate_and_score(
     config: MarianTrainingConfig, trainer: Any, tokenizer: Any, rows: Any, text: ParallelText, beams: int
 ) -> tuple[list[str], dict[str, Any]]:
-    from attnpatch.training.metrics import score_translations
+    from attnpatch.experiments.translation.metrics import score_translations
 
     generation = config.generation
     ids = trainer.translate(rows, generation.max_tokens, num_beams=beams, max_length=generation.max_length)
@@ -203,7 +204,7 @@ def _score(run: Run, trainer: Any, tokenizer: Any, text: ParallelText) -> dict[s
     scores["hypotheses"] = f"{stem}.hypotheses.{config.data.target_lang}"
     scores["bleu_statistics"] = f"{stem}.bleu.tsv.gz"
     if run.state.is_main_process:
-        from attnpatch.training.bleu_statistics import bleu_statistics, write_statistics
+        from attnpatch.experiments.translation.bleu_statistics import bleu_statistics, write_statistics
 
         lines = [" ".join(line.split()) for line in hypotheses]
         write_text(run.out / scores["hypotheses"], "".join(f"{line}\n" for line in lines))

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from attnpatch.experiments.language_models.blocks import BlockCollator, FixedBlocks
 from attnpatch.training.batching import IGNORE
-from attnpatch.training.blocks import BlockCollator, FixedBlocks
 from attnpatch.training.losses import token_loss
 from attnpatch.training.run_trainer import RunTrainer
 

@@ -12,7 +12,7 @@ from attnpatch import figures
 from attnpatch.atomic import write_json, write_text
 
 if TYPE_CHECKING:
-    from attnpatch.training.demo import DemoResult, Row
+    from attnpatch.demo.run import DemoResult, Row
 
 WIDTH = 120
 CONSOLE = Console(soft_wrap=True)

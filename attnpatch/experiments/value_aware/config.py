@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from attnpatch.errors import unknown
+from attnpatch.experiments.language_models.config import MaskingConfig, TextConfig
 from attnpatch.training.config import at_least, named_once, one_of
 from attnpatch.training.errors import ConfigError
 from attnpatch.training.extra import DRAWING
-from attnpatch.training.mlm_config import MaskingConfig, TextConfig
 from attnpatch.training.run_config import ScriptConfig
 
 METHODS = ("top_r", "norm", "centered", "oracle")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from attnpatch.experiments.language_models.config import MaskingConfig
+from attnpatch.experiments.language_models.text import LineText
 from attnpatch.training.batching import IGNORE
 from attnpatch.training.errors import TrainingError
-from attnpatch.training.mlm_config import MaskingConfig
-from attnpatch.training.text import LineText
 
 CHUNK = 2000  # lines that are tokenised at once
 

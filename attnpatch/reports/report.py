@@ -12,11 +12,13 @@ from typing import Any
 from attnpatch import figures, pages
 from attnpatch.atomic import write_json, write_text
 from attnpatch.errors import nearest, one_line
-from attnpatch.experiments import bootstrap, sequences_report, value_aware_report
-from attnpatch.experiments.bootstrap import Bootstrap
 from attnpatch.experiments.classification.metrics import draw_reliability, pooled
-from attnpatch.experiments.records import STOCK, Metric, ReportError, Run, find_results, group, load_runs, metrics_of
-from attnpatch.experiments.statistics import TEST, Comparison, compare, summary
+from attnpatch.experiments.sequences import report as sequences_report
+from attnpatch.experiments.value_aware import report as value_aware_report
+from attnpatch.reports import bootstrap
+from attnpatch.reports.bootstrap import Bootstrap
+from attnpatch.reports.records import STOCK, Metric, ReportError, Run, find_results, group, load_runs, metrics_of
+from attnpatch.reports.statistics import TEST, Comparison, compare, summary
 
 MANY_METRICS = 12
 """Beyond so many, or where there is a table of all cells, only the first has its own; all are in report.json."""

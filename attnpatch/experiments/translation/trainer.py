@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainer
 
+from attnpatch.experiments.translation.data import ParallelText
+from attnpatch.experiments.translation.decoding import attention_of_decoding, empty_cache, lean_generation
 from attnpatch.training.batching import IGNORE, length_batches
-from attnpatch.training.data import ParallelText
-from attnpatch.training.decoding import attention_of_decoding, empty_cache, lean_generation
 from attnpatch.training.losses import token_loss
 from attnpatch.training.run_trainer import RunTrainer
 

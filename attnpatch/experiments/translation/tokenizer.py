@@ -12,9 +12,9 @@ from typing import Any
 
 from attnpatch.atomic import write_json, writing_aside
 from attnpatch.errors import one_line
+from attnpatch.experiments.translation.config import TokenizerConfig
 from attnpatch.training.errors import ConfigError, TrainingError
 from attnpatch.training.files import read_json, sha256_lines
-from attnpatch.training.marian_config import TokenizerConfig
 
 CACHE_FILE = "made_from.json"
 EOS, UNK, PAD = "</s>", "<unk>", "<pad>"

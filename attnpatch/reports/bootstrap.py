@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from attnpatch.experiments.records import ReportError
-from attnpatch.training.bleu_statistics import Rows, StoredBLEU, bleu_of, read_statistics
+from attnpatch.experiments.translation.bleu_statistics import Rows, StoredBLEU, bleu_of, read_statistics
+from attnpatch.reports.records import ReportError
 from attnpatch.training.errors import DataError
 
 SAMPLES = 1000

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from attnpatch.errors import one_line
+from attnpatch.experiments.translation.config import DataConfig
 from attnpatch.training.errors import DataError
 from attnpatch.training.files import sha256_file, sha256_lines
 from attnpatch.training.formats import Side, read_iwslt_xml, read_jsonl, read_tagged, read_text, read_tsv
-from attnpatch.training.marian_config import DataConfig
 
 
 @dataclass

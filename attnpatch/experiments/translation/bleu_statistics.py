@@ -1,6 +1,6 @@
 """BLEU's sufficient statistics, sentence by sentence: numbers that a small file can hold where the texts may not lie.
 
-They give BLEU of any selection of sentences, and so the paired bootstrap of `experiments.bootstrap`.
+They give BLEU of any selection of sentences, and so the paired bootstrap of `reports.bootstrap`.
 """
 
 from __future__ import annotations

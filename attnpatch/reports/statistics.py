@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from attnpatch.experiments.records import ReportError
+from attnpatch.reports.records import ReportError
 
 TEST = "two-sided paired t-test over common seeds (scipy.stats.ttest_rel)"
 

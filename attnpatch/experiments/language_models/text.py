@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from attnpatch.errors import nearest, one_line
+from attnpatch.experiments.language_models.config import TextConfig
 from attnpatch.training.errors import DataError
 from attnpatch.training.files import sha256_file, sha256_lines
 from attnpatch.training.formats import read_lines
-from attnpatch.training.mlm_config import TextConfig
 
 
 @dataclass

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from attnpatch.atomic import write_json, writing_aside
+from attnpatch.experiments.language_models.config import ByteLevelConfig
+from attnpatch.experiments.translation.tokenizer import CACHE_FILE, load_tokenizer
 from attnpatch.training.errors import ConfigError, TrainingError
 from attnpatch.training.files import read_json, sha256_lines
-from attnpatch.training.mlm_config import ByteLevelConfig
-from attnpatch.training.tokenizer import CACHE_FILE, load_tokenizer
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 MASK = "<mask>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from attnpatch.experiments.sequence_tasks import Cell
+from attnpatch.experiments.sequences.tasks import Cell
 from attnpatch.spec import AttentionSpec
 from attnpatch.training.config import at_least, named_once
 from attnpatch.training.errors import ConfigError

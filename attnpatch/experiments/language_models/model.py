@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnpatch.experiments.language_models.config import EncoderConfig, MLMTrainingConfig
 from attnpatch.training.errors import TrainingError
-from attnpatch.training.mlm_config import EncoderConfig, MLMTrainingConfig
 from attnpatch.training.modeling import check_activation, from_checkpoint, from_scratch, override
 
 FAMILIES = ("roberta", "bert")

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from attnpatch.experiments.language_models.blocks import BlockCollator, Blocks, FixedBlocks, make_blocks
+from attnpatch.experiments.language_models.bpe import build_byte_level, load_fast_tokenizer
+from attnpatch.experiments.language_models.config import MaskingConfig, MLMTrainingConfig
+from attnpatch.experiments.language_models.model import build_language_model
+from attnpatch.experiments.language_models.text import LineText, load_text, merge_text
 from attnpatch.training.batching import SentenceBatchSampler
-from attnpatch.training.blocks import BlockCollator, Blocks, FixedBlocks, make_blocks
-from attnpatch.training.bpe import build_byte_level, load_fast_tokenizer
 from attnpatch.training.distribution import releases_folders
 from attnpatch.training.files import sha256_lines
-from attnpatch.training.lm_modeling import build_language_model
-from attnpatch.training.mlm_config import MaskingConfig, MLMTrainingConfig
 from attnpatch.training.results import count_parameters
 from attnpatch.training.run_folder import FREE_TRAINING, identity, resume_point
 from attnpatch.training.runs import (
@@ -29,7 +30,6 @@ from attnpatch.training.runs import (
     train_and_score,
     training_arguments,
 )
-from attnpatch.training.text import LineText, load_text, merge_text
 
 EXPERIMENTS = {"masked": "mlm", "causal": "clm"}
 # Settings that do not change what is trained: they may differ when a run is resumed.
@@ -112,7 +112,7 @@ def _blocks(
 def _trainer(run: Run, model: Any, tokenizer: Any, blocks: Blocks, dev: FixedBlocks | None) -> Any:
     from transformers import TrainingArguments
 
-    from attnpatch.training.lm_trainer import LanguageModelTrainer
+    from attnpatch.experiments.language_models.trainer import LanguageModelTrainer
 
     config: MLMTrainingConfig = run.config
     args = training_arguments(TrainingArguments, config)

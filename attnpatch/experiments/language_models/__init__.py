@@ -1,0 +1,1 @@
+"""Masked and causal language models of RoBERTa and BERT: the perplexity study of neural attention."""

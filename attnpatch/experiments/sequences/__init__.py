@@ -1,0 +1,1 @@
+"""The NT tasks: softmax against expressive attention in small decoders."""

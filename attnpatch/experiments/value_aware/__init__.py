@@ -1,0 +1,1 @@
+"""Trained language models with r keys for each query: how much sparse attention loses."""

@@ -1,0 +1,1 @@
+"""`attnpatch report`: results of many runs, compared."""
