@@ -51,3 +51,14 @@ def seed(request: pytest.FixtureRequest) -> int:
     numpy.random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models this small are slower with more threads, much slower on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

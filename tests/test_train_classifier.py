@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from attnpatch.experiments.classification.tasks import TASKS
 from attnpatch.training.config import load_config
 from attnpatch.training.errors import ConfigError, DataError, RunPaused, TrainingError
 from attnpatch.training.pretrained import checkpoint_path
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train_classifier.py"
@@ -48,14 +49,6 @@ TINY = [
     "discrepancy.examples=5",
     "output.quiet=true",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def sentence() -> str:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ from attnpatch.training.checkpoints import (
 from attnpatch.training.config import load_config
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.files import sha256_file
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train_marian.py"
 TINY = [
@@ -59,15 +60,6 @@ ONLY_TRAIN = [
     "training.final=last",
     "generation.test=false",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small are slower with more threads, much slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ from attnpatch.training.checkpoints import last_complete, step_of
 from attnpatch.training.config import load_config
 from attnpatch.training.errors import ConfigError, DataError, RunPaused, TrainingError
 from attnpatch.training.losses import token_loss
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train_mlm.py"
@@ -53,14 +54,6 @@ TINY = [
     "training.device=cpu",
     "output.quiet=true",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from attnpatch.experiments.sequences.tasks import Cell, batch_of, ceiling, nt_se
 from attnpatch.training.batching import IGNORE
 from attnpatch.training.config import load_config
 from attnpatch.training.errors import ConfigError, RunPaused, TrainingError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TINY = [
@@ -40,14 +41,6 @@ TINY = [
     "training.final=last",
     "output.quiet=true",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def configured(out: Path, *more: str) -> SequencesConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,9 @@ from attnpatch.training.batching import IGNORE, SentenceBatchSampler
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.losses import token_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB = 40
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small are slower with more threads, much slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rows(count: int = 24) -> Any:
