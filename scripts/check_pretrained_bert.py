@@ -1,10 +1,11 @@
 """Convert, verify and revert a pretrained sentence encoder with every variant, and compare its sentence embeddings.
 
-    python scripts/check_pretrained_bert.py SRC [--pairs sts-dev.csv] [--out results/pretrained-bert.json]
+    python scripts/check_pretrained_bert.py SRC [--pairs sts-dev.csv] [--out runs/pretrained-bert]
 
 For each variant: the drift of the conversion, what `verify --against` says, whether `revert` gives back every tensor
 bit for bit. With `--pairs` (a tab-separated file of the STS benchmark: score in column 5, sentences in 6 and 7), for
 those that keep the function, the Spearman correlation of mean-pooled embeddings' cosine with the human scores.
+Writes OUT/results.json, which `attnpatch report` makes a table and a figure of. Exit code: 0; 1 when a check fails.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from transformers import AutoModel, AutoTokenizer
 
 try:
     import attnpatch
-    from attnpatch.atomic import write_json
-    from attnpatch.environment import LIBRARIES, versions
+    from attnpatch.environment import machine, versions
+    from attnpatch.training.files import sha256_file
+    from attnpatch.training.results import write_results
 except ImportError as error:  # an unsupported torch or transformers
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2) from None
@@ -75,6 +77,7 @@ def check(source: Path, spec: str, pairs: Any, scratch: Path) -> dict[str, Any]:
     report = attnpatch.convert(source, target, spec)
     verified = attnpatch.verify(target, against=source)
     row: dict[str, Any] = {
+        "variant": spec,
         "exact": report.patch.exact,
         "drift_max": report.drift.max,
         "drift_mean": report.drift.mean,
@@ -83,6 +86,7 @@ def check(source: Path, spec: str, pairs: Any, scratch: Path) -> dict[str, Any]:
     }
     if pairs is not None and report.patch.exact:
         row["spearman"] = correlation(target, pairs)
+    row["revert_bit_identical"] = None
     if spec != "linear":  # whether a single linear layer was trained cannot be seen, so it is not recovered
         attnpatch.revert(target, back)
         row["revert_bit_identical"] = same_tensors(source, back)
@@ -93,26 +97,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("--pairs", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("results/pretrained-bert.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/pretrained-bert"))
     arguments = parser.parse_args()
     pairs = read_pairs(arguments.pairs) if arguments.pairs else None
-    results: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "source_parameters": sum(t.numel() for t in load_file(arguments.source / "model.safetensors").values()),
-        "versions": versions(LIBRARIES),
-        "variants": {},
-    }
+    parameters = sum(t.numel() for t in load_file(arguments.source / "model.safetensors").values())
+    source: dict[str, Any] = {"parameters": parameters}
+    files = []
     if pairs is not None:
-        results["pairs"] = len(pairs[0])
-        results["source_spearman"] = correlation(arguments.source, pairs)
+        source["spearman"] = correlation(arguments.source, pairs)
+        files = [{"file": arguments.pairs.name, "pairs": len(pairs[0]), "sha256": sha256_file(arguments.pairs)}]
+    rows: list[dict[str, Any]] = []
     for spec in (*SPECS, COMPOSED):
         with tempfile.TemporaryDirectory() as scratch:
-            results["variants"][spec] = check(arguments.source, spec, pairs, Path(scratch))
-        print(f"{spec:32} {json.dumps(results['variants'][spec])}", file=sys.stderr)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out, results)
-    rows = results["variants"].values()
-    good = all(row["verify_passed"] and row.get("revert_bit_identical", True) for row in rows)
+            rows.append(check(arguments.source, spec, pairs, Path(scratch)))
+        print(json.dumps(rows[-1]), file=sys.stderr)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results = {
+        "experiment": "conversion",
+        "date": date.today().isoformat(),
+        "source": source,
+        "variants": rows,
+        "data": {"test": [{"files": files}]},
+        "versions": versions(),
+        "machine": machine(),
+    }
+    print(f"results: {write_results(arguments.out, results)}")
+    good = all(row["verify_passed"] and row["revert_bit_identical"] is not False for row in rows)
     return 0 if good else 1
 
 

@@ -91,7 +91,7 @@ class Run:
     environment: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, Path] = field(default_factory=dict)  # test -> BLEU's counts, sentence by sentence
     reliability: list[dict[str, Any]] = field(default_factory=list)  # of the dev set: bins of confidence
-    details: Sequence[Mapping[str, Any]] = ()  # of a grid its cells, of a sweep the model: what they show beside
+    details: Sequence[Mapping[str, Any]] = ()  # of a grid its cells, of a sweep the model: what is shown beside
     label: str = ""  # the variant with the settings in which it differs from most other runs
 
     @property
@@ -288,11 +288,36 @@ def _classification_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
     return runs
 
 
+def _conversions(path: Path, data: Mapping[str, Any]) -> list[Run]:
+    """A pretrained checkpoint and what each conversion did to it; nothing is trained, so there is no seed."""
+    source = {"variant": "source", "parameters_added": 0, "drift_max": 0.0} | data["source"]
+    runs = []
+    for row in (source, *data["variants"]):
+        scores = {Metric("last hidden states", "drift"): float(row["drift_max"])}
+        if "spearman" in row:
+            scores[Metric("STS-B dev", "spearman")] = float(row["spearman"])
+        runs.append(
+            Run(
+                str(path),
+                data["experiment"],
+                STOCK if row is source else row["variant"],
+                None,
+                data["source"]["parameters"] + row["parameters_added"],
+                scores,
+                data=_checksums(data["data"]),
+                environment=_environment(data),
+                details=[row if row is not source else {"variant": "source", **data["source"]}],
+            )
+        )
+    return runs
+
+
 def _demo(path: Path, data: Mapping[str, Any]) -> list[Run]:
     raise ReportError("results of the demo, which has a report of its own and says nothing about methods")
 
 
 _RUNS = {
+    "conversion": _conversions,
     "classification": _classification_runs,
     "sequences": _sequence_runs,
     "value_aware": _value_aware_runs,

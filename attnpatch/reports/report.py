@@ -15,7 +15,7 @@ from attnpatch.errors import nearest, one_line
 from attnpatch.experiments.classification.metrics import draw_reliability, pooled
 from attnpatch.experiments.sequences import report as sequences_report
 from attnpatch.experiments.value_aware import report as value_aware_report
-from attnpatch.reports import bootstrap
+from attnpatch.reports import bootstrap, conversions
 from attnpatch.reports.bootstrap import Bootstrap
 from attnpatch.reports.records import STOCK, Metric, ReportError, Run, find_results, group, load_runs, metrics_of
 from attnpatch.reports.statistics import TEST, Comparison, compare, summary
@@ -43,15 +43,16 @@ def _grids(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return grids
 
 
-def _sweeps(runs: Sequence[Run]) -> list[Any]:
-    return [model for run in runs for model in run.details]
+def _details(runs: Sequence[Run]) -> list[Any]:
+    return [detail for run in runs for detail in run.details]
 
 
 DETAILS = {
     "sequences": Details("Accuracy, cell by cell", "accuracy", sequences_report.table, sequences_report.draw, _grids),
     "value_aware": Details(
-        "Against the number of keys, r", "sweep", value_aware_report.tables, value_aware_report.draw, _sweeps
+        "Against the number of keys, r", "sweep", value_aware_report.tables, value_aware_report.draw, _details
     ),
+    "conversion": Details("What each conversion does", "drift", conversions.table, conversions.draw, _details),
 }
 """By the first word of an experiment's name."""
 
