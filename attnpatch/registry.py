@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from attnpatch.errors import SpecError, UnsupportedModelError, unknown
@@ -89,6 +90,12 @@ def import_plugin(name: str) -> None:
     Raises:
         SpecError: it cannot be imported.
     """
+    if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
+        module = Path(name).stem
+        raise SpecError(
+            f"plugin {name!r} is no name of a module, which has neither folder nor .py: --plugin {module} imports "
+            f"{module}.py from the working directory"
+        )
     here = os.getcwd()
     sys.path.insert(0, here)
     try:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 if importlib.util.find_spec("attnpatch") is None:  # a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,12 +15,14 @@ if importlib.util.find_spec("attnpatch") is None:  # a checkout that is not inst
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def start(module: str, *arguments: Any) -> int:
-    """The exit code of a module's `main`. A missing or unsupported torch or transformers shows at attnpatch's import:
-    one sentence and exit code 2."""
+def start(config: str, run: str, usage: str | None, default_config: Path | None = None) -> int:
+    """The exit code of the script with this config class and function, both as module:name; `usage` is its --help.
+
+    A missing or unsupported torch or transformers shows at attnpatch's import: one sentence and exit code 2.
+    """
     try:
-        main = importlib.import_module(module).main
+        from attnpatch.training.cli import main
     except ImportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return int(main(*arguments))
+    return main(sys.argv[1:], usage, config, run, default_config)

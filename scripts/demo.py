@@ -24,4 +24,4 @@ if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here comes from a hub
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config, run = "attnpatch.demo.config:DemoConfig", "attnpatch.demo.command:run"
-    sys.exit(start("attnpatch.training.cli", sys.argv[1:], __doc__, config, run, CONFIG))
+    sys.exit(start(config, run, __doc__, CONFIG))

@@ -20,4 +20,4 @@ if __name__ == "__main__":
         "attnpatch.experiments.value_aware.config:ValueAwareConfig",
         "attnpatch.experiments.value_aware.run:run",
     )
-    sys.exit(start("attnpatch.training.cli", sys.argv[1:], __doc__, config, run))
+    sys.exit(start(config, run, __doc__))

@@ -20,4 +20,4 @@ from _start import start
 if __name__ == "__main__":
     config = "attnpatch.experiments.classification.config:ClassificationConfig"
     run = "attnpatch.experiments.classification.run:run"
-    sys.exit(start("attnpatch.training.cli", sys.argv[1:], __doc__, config, run))
+    sys.exit(start(config, run, __doc__))

@@ -19,4 +19,4 @@ from _start import start
 if __name__ == "__main__":
     config = "attnpatch.experiments.translation.config:MarianTrainingConfig"
     run = "attnpatch.experiments.translation.run:run"
-    sys.exit(start("attnpatch.training.cli", sys.argv[1:], __doc__, config, run))
+    sys.exit(start(config, run, __doc__))

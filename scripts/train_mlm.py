@@ -21,4 +21,4 @@ if __name__ == "__main__":
         "attnpatch.experiments.language_models.config:MLMTrainingConfig",
         "attnpatch.experiments.language_models.run:run",
     )
-    sys.exit(start("attnpatch.training.cli", sys.argv[1:], __doc__, config, run))
+    sys.exit(start(config, run, __doc__))

@@ -19,4 +19,4 @@ from _start import start
 
 if __name__ == "__main__":
     config, run = "attnpatch.experiments.sequences.config:SequencesConfig", "attnpatch.experiments.sequences.run:run"
-    sys.exit(start("attnpatch.training.cli", sys.argv[1:], __doc__, config, run))
+    sys.exit(start(config, run, __doc__))

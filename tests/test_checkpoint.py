@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, GPT2Config
 
 import attnpatch
-from attnpatch import atomic, files
+from attnpatch import atomic
+from attnpatch import checkpoint_files as files
 from attnpatch.checkpoint import load_model, open_checkpoint
 from attnpatch.errors import AttnpatchError, CheckpointError, PatchError, SpecError, UnsupportedModelError
 from attnpatch.probes import drift, length_for, make_probe, outputs_of

@@ -16,7 +16,7 @@ from checkpoints import save
 from transformers import GPT2Config
 
 import attnpatch
-from attnpatch import files
+from attnpatch import checkpoint_files as files
 from attnpatch.cli import main
 from attnpatch.errors import SpecError
 from attnpatch.functional import expressive_attention
@@ -321,6 +321,11 @@ def test_plugins(run: Any, stock: Path, tmp_path: Path, monkeypatch: pytest.Monk
     result = run("--plugin", "my_plugn", "variants")
     assert result.code == 2
     assert "plugin 'my_plugn' cannot be imported" in result.err
+    for path in ("./my_plugin.py", "my_plugin.py", "plugins/my_plugin"):
+        result = run("--plugin", path, "variants")
+        assert result.code == 2
+        assert f"plugin {path!r} is no name of a module" in result.err
+        assert "--plugin my_plugin imports my_plugin.py" in result.err
     sys.modules.pop("my_plugin", None)
 
 

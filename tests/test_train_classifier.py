@@ -453,7 +453,7 @@ def test_a_loss_that_is_not_finite_names_files_and_lines(glue: Path, tmp_path: P
 def test_the_command_line(glue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(CONFIGS / "glue-cpu.yaml")
     assert run_script("train_classifier", [config, "task.max_train_exmples=3"]) == 2
-    assert "did you mean 'max_train_examples'" in capsys.readouterr().err
+    assert "did you mean 'task.max_train_examples'" in capsys.readouterr().err
     assert run_script("train_classifier", [config, "task.name=sst3"]) == 2
     assert "did you mean 'sst2'" in capsys.readouterr().err
     assert run_script("train_classifier", [config, f"data.dir={tmp_path}", f"output.dir={tmp_path / 'o'}"]) == 2

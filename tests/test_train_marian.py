@@ -397,7 +397,7 @@ def test_weights_of_another_model_are_refused(data: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["training.epoch=1"], "did you mean 'epochs'"),
+        (["training.epoch=1"], "did you mean 'training.epochs'"),
         (["data.dir=/nowhere/at/all"], "does not exist"),
         (["nothing.yaml"], "no config file"),
         (["--fast"], "unknown option --fast"),

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from run_script import run_script
 
 from attnpatch.experiments.language_models.blocks import BlockCollator, FixedBlocks, make_blocks
-from attnpatch.experiments.language_models.bpe import build_byte_level, load_fast_tokenizer
+from attnpatch.experiments.language_models.bpe import build_byte_level
 from attnpatch.experiments.language_models.config import ByteLevelConfig, MaskingConfig, MLMTrainingConfig, TextConfig
 from attnpatch.experiments.language_models.run import run
 from attnpatch.experiments.language_models.text import load_text
@@ -29,6 +29,7 @@ from attnpatch.training.checkpoints import last_complete, step_of
 from attnpatch.training.config import load_config
 from attnpatch.training.errors import ConfigError, DataError, RunPaused, TrainingError
 from attnpatch.training.losses import token_loss
+from attnpatch.training.tokenizers import load_fast_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -374,7 +375,7 @@ def test_resume_is_bitwise(
 
 
 def test_a_nan_names_step_blocks_and_lines(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnpatch.training import lm_trainer
+    from attnpatch.experiments.language_models import trainer as lm_trainer
 
     seen: list[Any] = []
     loss = lm_trainer.LanguageModelTrainer.summed_loss
@@ -402,8 +403,8 @@ def test_errors_are_sentences(data: Path, tmp_path: Path, capsys: pytest.Capture
         assert run_script("train_mlm", [*TINY, f"data.dir={data}", f"output.dir={tmp_path}", *words]) == 2
         return capsys.readouterr().err
 
-    assert "did you mean 'probability'" in fails("masking.probabilty=0.2")
-    assert "did you mean 'max_steps'" in fails("training.max_step=2")
+    assert "did you mean 'masking.probability'" in fails("masking.probabilty=0.2")
+    assert "did you mean 'training.max_steps'" in fails("training.max_step=2")
     missing = fails("data.train=[trian.txt]", "data.about=WikiText-2 of the hub")
     assert "trian.txt" in missing
     assert "did you mean 'train.txt'" in missing
@@ -492,7 +493,7 @@ def test_pieces_of_one_character_are_one_word() -> None:
 def test_the_logged_loss_is_the_mean_over_predicted_tokens(
     data: Path, tmp_path: Path, family: str, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from attnpatch.training import lm_trainer
+    from attnpatch.experiments.language_models import trainer as lm_trainer
 
     sums: list[tuple[float, float]] = []
     trainer = next(c for c in vars(lm_trainer).values() if isinstance(c, type) and c.__module__ == lm_trainer.__name__)

@@ -214,7 +214,7 @@ def test_errors_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert run_script("train_sequences", [*TINY, f"output.dir={tmp_path}", *words]) == 2
         return capsys.readouterr().err
 
-    assert "did you mean 'delays'" in fails("task.delay=[2]")
+    assert "did you mean 'task.delays'" in fails("task.delay=[2]")
     assert "too short for the delay 9" in fails("task.delays=[9]")
     assert "whole number of at least 2" in fails("task.bases=[1]")
     assert "names each number once" in fails("task.bases=[[2,2]]")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from attnpatch.experiments.translation.collator import TranslationCollator
 from attnpatch.training.batching import (
     SentenceBatchSampler,
     TokenBatchSampler,
-    TranslationCollator,
     length_batches,
 )
 from attnpatch.training.errors import TrainingError

@@ -40,7 +40,7 @@ def test_spec_may_be_a_mapping_and_stock_is_none() -> None:
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("training.epoch=3", ["training.", "'epoch'", "did you mean 'epochs'", "max_steps"]),
+        ("training.epoch=3", ["'training.epoch'", "did you mean 'training.epochs'", "max_steps"]),
         ("sed=3", ["'sed'", "did you mean 'seed'", "training"]),
         ("training.schedule=linea", ["training.schedule", "did you mean 'linear'", "inverse_sqrt"]),
         ("training.epochs=many", ["training.epochs='many'", "a number"]),
@@ -61,6 +61,47 @@ def test_bad_overrides(word: str, expected: list[str]) -> None:
         load(word)
     for part in expected:
         assert part in str(caught.value)
+
+
+def test_a_section_keeps_the_values_that_are_not_named() -> None:
+    """A script's own values for a section, not those of the section's class."""
+    from attnpatch.experiments.language_models.config import MLMTrainingConfig
+    from attnpatch.experiments.sequences.config import SequencesConfig
+
+    for kind, word in ((MLMTrainingConfig, "output.quiet=true"), (SequencesConfig, "training.batch_size=8")):
+        section, _, name = word.partition("=")[0].partition(".")
+        before, after = (load_config(kind, None, words).as_dict() for words in ((), (word,)))
+        assert before[section].pop(name) != after[section].pop(name)
+        assert before == after
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["learning_rate=1"], "unknown key 'learning_rate'; did you mean 'training.learning_rate'? Known: data, "),
+        (["training.zzz=1"], "unknown key 'training.nothing_like'. Known in training: adam_beta1, "),
+        (["training.learning_rte=1"], "did you mean 'training.learning_rate'? Known in training: "),
+    ],
+)
+def test_an_unknown_key_is_looked_for_everywhere(words: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(*words)
+    assert expected in str(caught.value)
+
+
+def test_the_config_of_another_script(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"glue-cpu\.yaml: unknown key 'task'.*config of another script"):
+        load_config(MarianTrainingConfig, CONFIGS / "glue-cpu.yaml")
+    with pytest.raises(ConfigError) as caught:  # here the file is right
+        load_config(MarianTrainingConfig, CONFIGS / "multi30k-cpu.yaml", ["task.name=sst2"])
+    assert str(caught.value).startswith("unknown key 'task'")
+
+
+def test_a_wrong_spec_is_told_with_the_config() -> None:
+    from attnpatch.errors import SpecError
+
+    with pytest.raises(SpecError, match="did you mean 'neural'"):
+        load("spec=neurall")
 
 
 def test_bad_files(tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from attnpatch.bench.timing import BenchmarkError, Settings, summary
 from attnpatch.experiments.translation.config import MarianTrainingConfig
 from attnpatch.experiments.translation.data import load_split, merge
 from attnpatch.experiments.translation.run import run
-from attnpatch.experiments.translation.tokenizer import encode, load_tokenizer
+from attnpatch.experiments.translation.tokenizer import encode
 from attnpatch.training.config import load_config
 from attnpatch.training.runs import use_bf16
+from attnpatch.training.tokenizers import load_tokenizer
 
 SETTINGS = """
 model: {d_model: 256, encoder_layers: 3, decoder_layers: 3, heads: 4, ffn_dim: 1024}

@@ -26,12 +26,13 @@ from attnpatch.experiments.translation.collator import TranslationCollator
 from attnpatch.experiments.translation.data import ParallelText, load_split
 from attnpatch.experiments.translation.metrics import score_translations
 from attnpatch.experiments.translation.run import run
-from attnpatch.experiments.translation.tokenizer import encode, load_tokenizer
+from attnpatch.experiments.translation.tokenizer import encode
 from attnpatch.spec import AttentionSpec
 from attnpatch.training.batching import IGNORE, length_batches
 from attnpatch.training.files import sha256_file
 from attnpatch.training.run_folder import check_folder
 from attnpatch.training.runs import use_bf16
+from attnpatch.training.tokenizers import load_tokenizer
 
 TOLERANCE = 1e-5
 """How far a logit may move where a conversion must keep the model's function: in float64, so that a change shows and

@@ -27,8 +27,6 @@ from torch import Tensor
 from attnpatch.kernels.score import compute_dtype, no_autocast, weights_from_scores
 from attnpatch.kernels.score_blocked import compact_mask, log_slope
 
-CRITERIA = ("weight", "norm", "centered")
-
 BLOCK_WEIGHTS = 2**17
 """Weights of one block: half a megabyte, which the cache holds."""
 

@@ -11,13 +11,13 @@ import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from attnpatch.errors import one_line, unknown
+from attnpatch.errors import nearest, one_line, unknown
 from attnpatch.training.errors import ConfigError
 
 T = TypeVar("T")
@@ -58,9 +58,16 @@ def load_config(cls: type[T], path: str | Path | None, overrides: Sequence[str] 
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"{path} must hold a mapping of sections, not a {type(loaded).__name__}")
         tree = loaded or {}
+    own = set(tree)
     for word in overrides:
         _override(tree, word)
-    return _build(cls, tree, "")
+    try:
+        return _build(cls, tree, "", None)
+    except _UnknownKey as error:
+        given = [word.partition("=")[0].strip() for word in overrides]
+        if path is None or error.key.split(".")[0] not in own or error.key in given:
+            raise ConfigError(str(error)) from None
+        raise ConfigError(f"{path}: {error}. Is it the config of another script?") from None
 
 
 def _override(tree: dict[str, Any], word: str) -> None:
@@ -81,24 +88,58 @@ def _override(tree: dict[str, Any], word: str) -> None:
     node[last] = value
 
 
-def _build(cls: type[T], tree: dict[str, Any], prefix: str) -> T:
+class _UnknownKey(Exception):
+    """A key that there is not; the message is a sentence for people."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+def _unknown_key(root: type, prefix: str, name: str, fields: Iterable[str]) -> _UnknownKey:
+    """Names the one key of that name in another section, or else the nearest beside it."""
+    key = prefix + name
+    beside = nearest(name, fields)
+    elsewhere = [other for other in _keys(root) if other.rpartition(".")[2] == name]
+    guess = elsewhere[0] if len(elsewhere) == 1 else f"{prefix}{beside}" if beside else None
+    hint = f"; did you mean {guess!r}?" if guess else "."
+    where = f"Known in {prefix[:-1]}" if prefix else "Known"
+    return _UnknownKey(key, f"unknown key {key!r}{hint} {where}: {', '.join(sorted(fields))}")
+
+
+def _keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """Every key of a config, with dots."""
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _keys(typing.cast(type, hint), f"{prefix}{name}.")
+        elif name in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+            yield f"{prefix}{name}"
+
+
+def _build(cls: type[T], tree: dict[str, Any], prefix: str, start: T | None, root: type | None = None) -> T:
+    """`cls` with the values of `tree`; what it does not name is as in `start`, or else as the class has it."""
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for name, value in tree.items():
         if name not in fields:
-            kind = f"key {prefix}{name}:" if prefix else "key"
-            raise ConfigError(unknown(kind, name, fields))
+            raise _unknown_key(root or cls, prefix, name, fields)
         hint = hints[name]
         key = f"{prefix}{name}"
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 known = ", ".join(f.name for f in dataclasses.fields(hint))
                 raise ConfigError(f"{key} is a section, not a value; its keys: {known}")
-            values[name] = _build(typing.cast(type, hint), value, f"{key}.")
+            default = getattr(start, name) if start is not None else _default(fields[name])
+            values[name] = _build(typing.cast(type, hint), value, f"{key}.", default, root or cls)
         else:
             values[name] = _check(key, _convert(key, _expand(value), hint), fields[name].metadata)
-    return cls(**values)
+    return cls(**values) if start is None else dataclasses.replace(start, **values)  # type: ignore[type-var]
+
+
+def _default(field: Any) -> Any:
+    """What a section is when nothing of it is named: None where the class says nothing."""
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
 
 
 def _expand(value: Any) -> Any:

@@ -1,6 +1,8 @@
-"""The loss of all trainers."""
+"""The loss per token of all trainers, and its perplexity."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -16,3 +18,8 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> 
     flat = logits.reshape(-1, logits.shape[-1])
     flat = flat if flat.dtype == torch.float64 else flat.float()
     return F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORE, label_smoothing=smoothing, reduction="sum")
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), of a mean negative log-likelihood; finite where a float can hold no more."""
+    return math.exp(min(loss, 700))

@@ -19,6 +19,11 @@ from attnpatch.training.files import sha256_file
 from attnpatch.training.pretrained import checkpoint_path
 
 
+def on_cpu(training: Any) -> bool:
+    """Whether a run with these training settings computes on the CPU."""
+    return training.device == "cpu" or not torch.cuda.is_available()
+
+
 def attention_backend(config: Any) -> str | None:
     """transformers' name of the backend for stock attention; None: transformers' own choice.
 
@@ -28,8 +33,7 @@ def attention_backend(config: Any) -> str | None:
     """
     if config.training.attention != "auto":
         return config.training.attention
-    on_cpu = config.training.device == "cpu" or not torch.cuda.is_available()
-    return "eager" if on_cpu and "score" not in _stages(config.spec) else None
+    return "eager" if on_cpu(config.training) and "score" not in _stages(config.spec) else None
 
 
 def _stages(spec: Any) -> set[str]:

@@ -41,6 +41,10 @@ class RunConfig(ScriptConfig):
 
     def __post_init__(self) -> None:
         self.spec = none_if_stock(self.spec)
+        if self.spec is not None:
+            from attnpatch.spec import AttentionSpec  # which loads torch: wrong keys are told before
+
+            AttentionSpec.parse(self.spec)  # a wrong one is told before any data is read
 
 
 SMOKE_TRAINING = {
@@ -129,7 +133,7 @@ class CommonTraining:
 class OutputConfig:
     """What is written, and where."""
 
-    dir: str = "runs/marian"
+    dir: str = "runs/run"
     overwrite: bool = False  # with resume: never, allow a folder that already holds a run
     report_to: list[str] = field(default_factory=list)  # e.g. [tensorboard]
     quiet: bool = False

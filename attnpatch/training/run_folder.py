@@ -117,9 +117,11 @@ def claim(out: Path, known_as: dict[str, Any]) -> None:
 
 def clear(out: Path) -> None:
     """Deletes what an earlier run left behind."""
-    for folder in checkpoints(out):
+    for folder in [*checkpoints(out), *filter(Path.is_dir, [out / "model"])]:
         shutil.rmtree(folder)
-    (out / "results.json").unlink(missing_ok=True)
+    for pattern in ("results.json", "*.hypotheses.*", "*.bleu.tsv.gz", "reliability.*"):
+        for file in out.glob(pattern):
+            file.unlink()
 
 
 def differences(known: Any, now: Any, prefix: str = "") -> list[str]:

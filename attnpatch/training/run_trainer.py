@@ -97,6 +97,10 @@ class RunTrainer(Trainer):
         """Tokens of a batch that are read, and that are predicted."""
         raise NotImplementedError(f"{type(self).__name__} must define count_tokens()")
 
+    def score(self, data: Any) -> dict[str, Any]:
+        """The model's `loss` per predicted token over a whole set (no auxiliary loss), and what else is measured."""
+        raise NotImplementedError(f"{type(self).__name__} must define score()")
+
     @property
     def progress_tokens(self) -> int:
         """The tokens that lines on the screen count."""
@@ -263,10 +267,25 @@ class RunTrainer(Trainer):
         if len(mine) < math.ceil(len(batches) / self.args.world_size):
             yield batches[-1], False
 
-    def _evaluated(self, metrics: dict[str, float], loss: float, started: float) -> dict[str, float]:
-        """Logs an evaluation's metrics. Raises TrainingError when the loss is not finite."""
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss on the dev set is {loss} at step {self.state.global_step}: training stopped")
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
+    ) -> dict[str, float]:
+        """Logs the scores of the dev set, or of the one that is given, and returns them with their prefix.
+
+        Raises TrainingError when the loss is not finite.
+        """
+        started = time.perf_counter()
+        scores = self.score(self.eval_dataset if eval_dataset is None else eval_dataset)
+        if not math.isfinite(scores["loss"]):
+            raise TrainingError(
+                f"the loss on the dev set is {scores['loss']} at step {self.state.global_step}: training stopped"
+            )
+        numbers = {name: value for name, value in scores.items() if isinstance(value, (int, float))}
+        metrics: dict[str, float] = {f"{metric_key_prefix}_{name}": value for name, value in numbers.items()}
         self.progress.eval_seconds += time.perf_counter() - started
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -20,7 +20,7 @@ from attnpatch.errors import one_line, unknown
 from attnpatch.training.checkpoints import checkpoints, is_complete, load_weights, read_record, step_of
 from attnpatch.training.distribution import check_before, check_launch, zero_stage
 from attnpatch.training.errors import ConfigError, RunPaused, TrainingError
-from attnpatch.training.modeling import hub_arguments
+from attnpatch.training.modeling import hub_arguments, on_cpu
 from attnpatch.training.pretrained import checkpoint_path
 from attnpatch.training.results import count_parameters, write_results
 from attnpatch.training.run_config import CommonTraining
@@ -78,10 +78,6 @@ def process_state(training: CommonTraining) -> Any:
         raise TrainingError(f"the processes of this run do not find each other: {one_line(error, 300)}") from error
     check_launch(state, environment)
     return state
-
-
-def on_cpu(training: CommonTraining) -> bool:
-    return training.device == "cpu" or not torch.cuda.is_available()
 
 
 def speaker(quiet: bool, main: bool) -> Say:

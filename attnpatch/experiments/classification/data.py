@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attnpatch.errors import nearest, one_line
+from attnpatch.errors import one_line
 from attnpatch.experiments.classification.tasks import Layout, Task
+from attnpatch.training.data_files import missing_file, read_lines
 from attnpatch.training.errors import DataError
 from attnpatch.training.files import sha256_file, sha256_lines
-from attnpatch.training.formats import read_lines
 
 SAMPLE_SEED = 1
 """Of the draws that all runs share, whatever their own seed: a part of the training set, the examples of the MMD."""
@@ -82,7 +82,7 @@ def load_files(task: Task, folder: str, entries: Sequence[str], name: str, about
     for entry in entries:
         path = Path(folder) / entry
         if not path.is_file():
-            raise DataError(_missing(folder, entry, about))
+            raise DataError(missing_file(folder, f"no file {Path(folder) / entry}", Path(folder) / entry, about))
         number = len(examples.files)
         examples.files.append({"path": str(path), "sha256": sha256_file(path)})
         rows = _parquet_rows(path, task.hub) if path.suffix == ".parquet" else _tsv_rows(path, task)
@@ -124,7 +124,10 @@ def load_hub(task: Task, hub_id: str, hub_config: str, revision: str | None, spl
 def load_adversarial(task: Task, path: Path, about: str = "") -> Examples:
     """The task's part of AdvGLUE's dev.json: {task: [{text columns, label}, ...]}. Raises DataError."""
     if not path.is_file():
-        raise DataError(_missing(str(path.parent), path.name, about) + ", or leave it out with data.adversarial=null")
+        raise DataError(
+            missing_file(str(path.parent), f"no file {path}", path, about)
+            + "; or leave it out with data.adversarial=null"
+        )
     try:
         parts = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -229,15 +232,3 @@ def _refuse_empty(examples: Examples) -> None:
     for file in examples.files:
         if not file["examples"]:
             raise DataError(f"{file['path']}: no examples in it")
-
-
-def _missing(folder: str, entry: str, about: str) -> str:
-    path = Path(folder) / entry
-    message = f"no file {path}"
-    if not Path(folder).is_dir():
-        message = f"the data folder {folder!r} does not exist: {message}"
-    elif path.parent.is_dir():
-        guess = nearest(path.name, [other.name for other in path.parent.iterdir()])
-        message += f"; did you mean {guess!r}?" if guess else ""
-    message += ". Set the folder with data.dir=PATH or the environment variable ATTNPATCH_DATA"
-    return message + (f". What provides it: {' '.join(about.split())}" if about else "")

@@ -18,7 +18,7 @@ from attnpatch.experiments.classification.metrics import draw_reliability, proba
 from attnpatch.experiments.classification.model import build_classifier
 from attnpatch.experiments.classification.tasks import TASKS, Task
 from attnpatch.experiments.classification.trainer import ClassificationTrainer, Encoded, RowCollator, encode
-from attnpatch.experiments.language_models.bpe import build_byte_level, load_fast_tokenizer
+from attnpatch.experiments.language_models.bpe import build_byte_level
 from attnpatch.training.batching import SentenceBatchSampler
 from attnpatch.training.checkpoints import checkpoints
 from attnpatch.training.distribution import releases_folders
@@ -35,6 +35,7 @@ from attnpatch.training.runs import (
     train_and_score,
     training_arguments,
 )
+from attnpatch.training.tokenizers import load_fast_tokenizer
 
 EXPERIMENT = "classification"
 # Settings that do not change what is trained: they may differ when a run is resumed.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,18 +101,9 @@ class ClassificationTrainer(RunTrainer):
             return F.mse_loss(logits.squeeze(-1), labels, reduction="sum"), len(labels), outputs
         return F.cross_entropy(logits, labels, reduction="sum"), len(labels), outputs
 
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-        **kwargs: Any,
-    ) -> dict[str, float]:
-        """The loss and the task's metrics on the dev set (no auxiliary loss)."""
-        started = time.perf_counter()
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        found = scores(self.task, self.outputs(data), data.labels)
-        return self._evaluated({f"{metric_key_prefix}_{k}": v for k, v in found.items()}, found["loss"], started)
+    def score(self, data: Encoded) -> dict[str, Any]:
+        """The loss and the task's metrics over a whole set."""
+        return dict(scores(self.task, self.outputs(data), data.labels))
 
     def outputs(self, data: Encoded) -> np.ndarray:
         """The model's outputs for a whole set, [N, C], in its order."""

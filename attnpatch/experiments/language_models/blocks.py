@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset
 
 from attnpatch.experiments.language_models.config import MaskingConfig
 from attnpatch.experiments.language_models.text import LineText
-from attnpatch.training.batching import IGNORE
+from attnpatch.training.batching import IGNORE, generator_for
 from attnpatch.training.errors import TrainingError
 
 CHUNK = 2000  # lines that are tokenised at once
@@ -254,12 +253,6 @@ def next_tokens(ids: Tensor, special: Tensor) -> Tensor:
     labels = torch.full_like(ids, IGNORE)
     labels[:, :-1] = ids[:, 1:].masked_fill(special[:, 1:], IGNORE)
     return labels
-
-
-def generator_for(*numbers: int) -> torch.Generator:
-    """A random generator that depends on these numbers, and on each of them."""
-    digest = hashlib.blake2b(repr(tuple(map(int, numbers))).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _starts_of(blocks: Blocks, rows: Sequence[int]) -> Tensor | None:

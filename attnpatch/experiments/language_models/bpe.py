@@ -7,38 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnpatch.atomic import write_json, writing_aside
 from attnpatch.experiments.language_models.config import ByteLevelConfig
-from attnpatch.experiments.translation.tokenizer import CACHE_FILE, load_tokenizer
-from attnpatch.training.errors import ConfigError, TrainingError
-from attnpatch.training.files import read_json, sha256_lines
+from attnpatch.training.errors import ConfigError
+from attnpatch.training.files import sha256_lines
+from attnpatch.training.tokenizers import load_fast_tokenizer, made_once
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 MASK = "<mask>"
-
-
-def load_fast_tokenizer(path: str, **kwargs: Any) -> Any:
-    """A tokenizer of the tokenizers library from a folder or the hub; RoBERTa's two files alone will do.
-
-    Raises TrainingError when there is none, or it lacks what a language model's blocks need.
-    """
-    folder = Path(path)
-    bare = folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "config.json"))
-    if bare and (folder / "merges.txt").is_file() and not (folder / "tokenizer_config.json").is_file():
-        from transformers import RobertaTokenizerFast
-
-        tokenizer: Any = RobertaTokenizerFast.from_pretrained(path)
-    else:
-        tokenizer = load_tokenizer(path, **kwargs)
-    if not getattr(tokenizer, "is_fast", False):
-        raise TrainingError(f"the tokenizer {path} is {type(tokenizer).__name__}, not one of the tokenizers library")
-    lacking = [name for name in ("cls", "sep", "pad") if getattr(tokenizer, f"{name}_token_id") is None]
-    if lacking:
-        raise TrainingError(f"the tokenizer {path} has no {' and no '.join(lacking)} token, which blocks need")
-    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
-        # transformers makes an empty one where there are only a config and weights.
-        raise TrainingError(f"{path} has no tokenizer of its own: name one with tokenizer.path")
-    return tokenizer
 
 
 def build_byte_level(config: ByteLevelConfig, lines: Sequence[str], folder: str | Path, block_size: int) -> Any:
@@ -52,15 +27,9 @@ def build_byte_level(config: ByteLevelConfig, lines: Sequence[str], folder: str 
         "settings": [config.vocab_size, config.min_frequency],
         "block_size": block_size,
     }
-    try:
-        if read_json(folder / CACHE_FILE) == key:
-            return load_fast_tokenizer(str(folder))
-    except (TrainingError, OSError, json.JSONDecodeError):  # none, or damaged
-        pass
-    with writing_aside(folder) as aside:
-        _train(config, lines, block_size).save_pretrained(str(aside))
-        write_json(aside / CACHE_FILE, key)
-    return load_fast_tokenizer(str(folder))
+    return made_once(
+        folder, key, load_fast_tokenizer, lambda aside: _train(config, lines, block_size).save_pretrained(str(aside))
+    )
 
 
 def _train(config: ByteLevelConfig, lines: Sequence[str], block_size: int) -> Any:

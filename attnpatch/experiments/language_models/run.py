@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from attnpatch.experiments.language_models.blocks import BlockCollator, Blocks, FixedBlocks, make_blocks
-from attnpatch.experiments.language_models.bpe import build_byte_level, load_fast_tokenizer
+from attnpatch.experiments.language_models.bpe import build_byte_level
 from attnpatch.experiments.language_models.config import MaskingConfig, MLMTrainingConfig
 from attnpatch.experiments.language_models.model import build_language_model
 from attnpatch.experiments.language_models.text import LineText, load_text, merge_text
@@ -30,6 +30,7 @@ from attnpatch.training.runs import (
     train_and_score,
     training_arguments,
 )
+from attnpatch.training.tokenizers import load_fast_tokenizer
 
 EXPERIMENTS = {"masked": "mlm", "causal": "clm"}
 # Settings that do not change what is trained: they may differ when a run is resumed.

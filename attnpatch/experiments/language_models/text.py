@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from attnpatch.errors import nearest, one_line
+from attnpatch.errors import one_line
 from attnpatch.experiments.language_models.config import TextConfig
+from attnpatch.training.data_files import missing_file, read_lines, refuse_doubles
 from attnpatch.training.errors import DataError
 from attnpatch.training.files import sha256_file, sha256_lines
-from attnpatch.training.formats import read_lines
 
 
 @dataclass
@@ -50,6 +49,8 @@ def load_text(config: TextConfig, split: str) -> list[LineText]:
     limit = getattr(config, f"max_{split}_lines")
     load = _load_entry if config.hub_id is None else _load_hub
     texts = [load(config, entry, limit) for entry in entries]
+    if split == "test":
+        refuse_doubles("data.test", [text.name for text in texts])
     for text in texts:
         if not len(text):
             raise DataError(f"{text.name}: no text in it, only blank lines")
@@ -93,20 +94,8 @@ def _load_entry(config: TextConfig, entry: str, limit: int | None) -> LineText:
             merged.lines, merged.places = merged.lines[:limit], merged.places[:limit]
         return merged
     if not path.is_file():
-        raise DataError(_missing(config, entry, path))
+        raise DataError(missing_file(config.dir, f"no file {path} (data entry {entry!r})", path, config.about))
     return _load_file(config, entry, path, limit)
-
-
-def _missing(config: TextConfig, entry: str, path: Path) -> str:
-    message = f"no file {path} (data entry {entry!r})"
-    if not Path(config.dir).is_dir():
-        message = f"the data folder {config.dir!r} does not exist: {message}"
-    elif path.parent.is_dir():
-        guess = nearest(path.name, [p.name for p in path.parent.iterdir()])
-        message += f"; did you mean {guess!r}?" if guess else ""
-    message += "" if message.endswith("?") else "."
-    message += " Set the folder with data.dir=PATH or the environment variable ATTNPATCH_DATA"
-    return message + (f". What provides it: {' '.join(config.about.split())}" if config.about else "")
 
 
 def _load_file(config: TextConfig, name: str, path: Path, limit: int | None) -> LineText:
@@ -154,5 +143,5 @@ def _load_hub(config: TextConfig, split: str, limit: int | None) -> LineText:
         ) from error
     if first is not None and config.column not in first:
         raise DataError(f"{name}: no column {config.column!r}; it has {', '.join(first)}. Choose with data.column=NAME")
-    rows = (row[config.column] for row in (data if limit is None else islice(data, 4 * limit)))
+    rows = (row[config.column] for row in data)
     return _collect(name, name, rows, limit, {"revision": config.hub_revision})

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import time
 from typing import Any
 
 import torch
 
 from attnpatch.experiments.language_models.blocks import BlockCollator, FixedBlocks
 from attnpatch.training.batching import IGNORE
-from attnpatch.training.losses import token_loss
+from attnpatch.training.losses import perplexity, token_loss
 from attnpatch.training.run_trainer import RunTrainer
 
 
@@ -52,20 +50,6 @@ class LanguageModelTrainer(RunTrainer):
             outputs = model(**inputs)
         return token_loss(outputs["logits"], labels[chosen], 0.0), chosen.sum(), outputs
 
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-        **kwargs: Any,
-    ) -> dict[str, float]:
-        """Mean negative log-likelihood per predicted token, and its exponential (no auxiliary loss)."""
-        started = time.perf_counter()
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        scores = self.score(data)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-        return self._evaluated(metrics, scores["loss"], started)
-
     def score(self, data: FixedBlocks) -> dict[str, Any]:
         """loss, perplexity and the number of predicted tokens of a whole set."""
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
@@ -80,7 +64,7 @@ class LanguageModelTrainer(RunTrainer):
                     total[1] += count
         summed, count = self.accelerator.reduce(total, "sum").tolist()
         mean = summed / count
-        return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "predicted_tokens": int(count)}
+        return {"loss": mean, "perplexity": perplexity(mean), "predicted_tokens": int(count)}
 
 
 class PredictedPositions:

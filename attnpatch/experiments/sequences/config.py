@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from attnpatch.experiments.sequences.tasks import Cell
-from attnpatch.spec import AttentionSpec
+from attnpatch.experiments.sequences.grid import Cell
 from attnpatch.training.config import at_least, named_once
 from attnpatch.training.errors import ConfigError
 from attnpatch.training.extra import DRAWING
@@ -19,6 +18,9 @@ from attnpatch.training.run_config import (
     check_heads,
     none_if_stock,
 )
+
+if TYPE_CHECKING:
+    from attnpatch.spec import AttentionSpec
 
 
 @dataclass
@@ -87,6 +89,9 @@ class SequencesConfig(ScriptConfig):
         self.training.check()
 
     def parsed_specs(self) -> list[AttentionSpec]:
+        """The specs, in their order."""
+        from attnpatch.spec import AttentionSpec  # which loads torch: wrong keys are told before
+
         return [AttentionSpec.parse(none_if_stock(spec)) for spec in self.specs]
 
     def cells(self) -> list[Cell]:

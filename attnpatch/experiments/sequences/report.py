@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnpatch import figures
-from attnpatch.experiments.sequences.tasks import label
+from attnpatch.experiments.sequences.grid import label
 from attnpatch.spec import AttentionSpec
 
 Numbers = tuple[int, ...]

@@ -18,21 +18,20 @@ from torch.utils.data import Dataset
 
 from attnpatch.atomic import write_json
 from attnpatch.environment import machine, versions
-from attnpatch.experiments.language_models.blocks import generator_for
 from attnpatch.experiments.sequences.config import CellConfig, SequencesConfig
+from attnpatch.experiments.sequences.grid import Cell
+from attnpatch.experiments.sequences.model import build_decoder
 from attnpatch.experiments.sequences.report import by_spec, draw
-from attnpatch.experiments.sequences.tasks import Cell, batch_of, ceiling, nt_sequences, scored_labels
+from attnpatch.experiments.sequences.tasks import batch_of, ceiling, nt_sequences, scored_labels
+from attnpatch.experiments.sequences.trainer import SequenceTrainer
 from attnpatch.spec import AttentionSpec
-from attnpatch.training.batching import IGNORE, SentenceBatchSampler
+from attnpatch.training.batching import SentenceBatchSampler, generator_for
 from attnpatch.training.distribution import check_alone, hold, releases_folders
 from attnpatch.training.errors import RunPaused
 from attnpatch.training.files import read_json, sha256_lines
-from attnpatch.training.losses import token_loss
-from attnpatch.training.modeling import check_activation, from_scratch
 from attnpatch.training.results import count_parameters, write_results
 from attnpatch.training.run_config import OutputConfig
 from attnpatch.training.run_folder import FREE_TRAINING, RUN_FILE, claim, identity, may_go_on, resume_point
-from attnpatch.training.run_trainer import RunTrainer
 from attnpatch.training.runs import (
     Say,
     build_trainer,
@@ -45,7 +44,6 @@ from attnpatch.training.runs import (
 )
 from attnpatch.training.runs import train as run_training
 
-EVAL_BATCH = 256
 # The grid may be extended; what a cell computes may not change. A cell's own part of it is in its folder's name.
 FREE_SETTINGS: dict[str, set[str] | None] = {
     "specs": None,
@@ -67,73 +65,6 @@ class _Rows(Dataset[int]):
 
     def __getitem__(self, row: int) -> int:
         return row
-
-
-class SequenceTrainer(RunTrainer):
-    """Trains on fresh sequences of a cell; evaluates next-symbol accuracy on a fixed set of each of its tasks."""
-
-    progress_unit = "symbols"
-
-    def __init__(self, *args: Any, cell: Cell, eval_sets: dict[str, dict[str, torch.Tensor]], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.cell = cell
-        self.eval_sets = eval_sets
-
-    def count_tokens(self, inputs: dict[str, Any]) -> tuple[int, int]:
-        """Symbols read and predicted."""
-        return inputs["input_ids"].numel(), inputs["labels"].numel()
-
-    def where(self, rows: Any) -> str:
-        """The cell, and the numbers of a batch's sequences."""
-        return "" if rows is None else f", in sequences {', '.join(map(str, rows.tolist()))} of {self.cell.name}"
-
-    def summed_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor | int, Any]:
-        """Cross-entropy of every next symbol, the random first ones included, as a language model has it."""
-        labels = inputs.pop("labels")
-        outputs = model(**inputs, use_cache=False)
-        return token_loss(outputs["logits"], labels, 0.0), (labels != IGNORE).sum(), outputs
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-        **kwargs: Any,
-    ) -> dict[str, float]:
-        """Accuracy and loss over the scored positions; a mixture's are the means over its tasks."""
-        started = time.perf_counter()
-        scores = self.score()
-        metrics = {f"{metric_key_prefix}_{name}": scores[name] for name in ("loss", "accuracy")}
-        return self._evaluated(metrics, scores["loss"], started)
-
-    def score(self) -> dict[str, Any]:
-        """accuracy, loss, and accuracy_by_task ("N2-tau3": ...)."""
-        accuracy: dict[str, float] = {}
-        losses: list[float] = []
-        with self.evaluating() as model, torch.no_grad():
-            for name, data in self.eval_sets.items():
-                total = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-                for start in range(0, len(data["labels"]), EVAL_BATCH):
-                    batch = self._prepare_inputs(
-                        {key: value[start : start + EVAL_BATCH] for key, value in data.items()}
-                    )
-                    labels = batch.pop("labels")
-                    with self.accelerator.autocast():
-                        logits = model(**batch, use_cache=False)["logits"]
-                    scored = labels != IGNORE
-                    total[0] += token_loss(logits, labels, 0.0).double()
-                    total[1] += ((logits.argmax(-1) == labels) & scored).sum()
-                    total[2] += scored.sum()
-                loss, right, count = total.tolist()
-                accuracy[name] = right / count
-                losses.append(loss / count)
-        return {
-            "accuracy": statistics.fmean(accuracy.values()),
-            "loss": statistics.fmean(losses),
-            "accuracy_by_task": accuracy,
-        }
 
 
 @releases_folders
@@ -226,30 +157,6 @@ def _job(config: SequencesConfig, seed: int, cell: Cell, spec: AttentionSpec, do
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
     write_json(done, record, default=str)
-
-
-def build_decoder(config: SequencesConfig, own: CellConfig, cell: Cell) -> Any:
-    """The causal decoder of a cell, patched with `own.spec` when there is one; N symbols and a padding token."""
-    from transformers import BertConfig, BertLMHeadModel
-
-    size = config.model
-    check_activation(size.activation)
-    model_config = BertConfig(
-        vocab_size=max(cell.bases) + 1,
-        pad_token_id=max(cell.bases),  # not a symbol: BERT's padding has no embedding that is trained
-        hidden_size=size.hidden_size,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        intermediate_size=size.ffn_dim,
-        hidden_act=size.activation,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        max_position_embeddings=config.task.length,
-        type_vocab_size=1,
-        initializer_range=size.init_std,
-        is_decoder=True,
-    )
-    return from_scratch(own, BertLMHeadModel, model_config)
 
 
 def eval_sets(config: SequencesConfig, cell: Cell) -> dict[str, dict[str, torch.Tensor]]:

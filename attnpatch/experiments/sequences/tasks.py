@@ -12,49 +12,16 @@ definition is reconstructed from the paper's description, noise and mixtures inc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
-
 import torch
 from torch import Tensor
 
+from attnpatch.experiments.sequences.grid import Cell
 from attnpatch.training.batching import IGNORE
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A point of the grid: one task, or a mixture of all pairs of its bases and delays."""
-
-    bases: tuple[int, ...]
-    delays: tuple[int, ...]
-
-    @property
-    def tasks(self) -> list[tuple[int, int]]:
-        """(N, tau) pairs."""
-        return list(product(self.bases, self.delays))
-
-    @property
-    def name(self) -> str:
-        return f"N{label(self.bases)}-tau{label(self.delays)}"
-
-    @property
-    def scored_from(self) -> int:
-        """Position of the first symbol whose prediction counts: twice the longest delay.
-
-        From tau on a symbol follows from those before it; the rest is for telling the tasks of a mixture apart.
-        """
-        return 2 * max(self.delays)
 
 
 def ceiling(base: int, noise: float) -> float:
     """The accuracy of a predictor that knows the task: the likeliest symbol's probability."""
     return max(1 - noise, noise / (base - 1))
-
-
-def label(numbers: Sequence[int]) -> str:
-    """A row or column of the grid in short: "4", or "2+4" for a mixture."""
-    return "+".join(map(str, numbers))
 
 
 def nt_sequences(base: int, delay: int, length: int, count: int, noise: float, generator: torch.Generator) -> Tensor:

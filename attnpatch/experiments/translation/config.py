@@ -115,7 +115,7 @@ class MarianTrainingConfig(RunConfig):
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
-    output: OutputConfig = field(default_factory=OutputConfig)
+    output: OutputConfig = field(default_factory=lambda: OutputConfig(dir="runs/marian"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

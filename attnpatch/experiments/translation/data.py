@@ -9,9 +9,10 @@ from typing import Any
 
 from attnpatch.errors import one_line
 from attnpatch.experiments.translation.config import DataConfig
+from attnpatch.experiments.translation.formats import Side, read_iwslt_xml, read_jsonl, read_tagged, read_text, read_tsv
+from attnpatch.training.data_files import missing_file, refuse_doubles
 from attnpatch.training.errors import DataError
 from attnpatch.training.files import sha256_file, sha256_lines
-from attnpatch.training.formats import Side, read_iwslt_xml, read_jsonl, read_tagged, read_text, read_tsv
 
 
 @dataclass
@@ -31,6 +32,11 @@ class ParallelText:
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    @property
+    def stem(self) -> str:
+        """What the files that are written about it begin with."""
+        return Path(self.name).name
 
     def where(self, pairs: Sequence[int]) -> str:
         """Where pairs stand, in words; the first eight of them."""
@@ -52,6 +58,8 @@ def load_split(config: DataConfig, split: str) -> list[ParallelText]:
         raise DataError("data.train is empty: name at least one training text")
     load = _load_entry if config.hub_id is None else _load_hub
     texts = [load(config, entry) for entry in entries]
+    if split == "test":
+        refuse_doubles("data.test", [text.stem for text in texts])
     for text in texts:
         if not len(text):
             raise DataError(f"{text.name}: no sentence pairs in it")
@@ -106,14 +114,11 @@ def _xml_name(stem: Path, lang: str) -> Path:
 def _missing(config: DataConfig, name: str, path: Path) -> str:
     wanted = [_plain_name(path, config.source_lang), _plain_name(path, config.target_lang)]
     absent = [str(p) for p in wanted if not p.is_file()]
-    message = f"data entry {name!r} not found: missing {' and '.join(absent)}"
-    if not Path(config.dir).is_dir():
-        message = f"the data folder {config.dir!r} does not exist: {message}"
-    message += (
-        f" (also allowed: {name}.{config.source_lang}.xml with {name}.{config.target_lang}.xml, a .tsv or .jsonl file, "
-        "or a folder); set the folder with data.dir=PATH"
+    message = (
+        f"data entry {name!r} not found: missing {' and '.join(absent)} (also allowed: {name}.{config.source_lang}.xml "
+        f"with {name}.{config.target_lang}.xml, a .tsv or .jsonl file, or a folder)"
     )
-    return message + (f". The data: {' '.join(config.about.split())}" if config.about else "")
+    return missing_file(config.dir, message, Path(absent[0]), config.about)
 
 
 def _read_side(path: Path) -> Side:

@@ -17,7 +17,7 @@ from attnpatch.experiments.translation.collator import TranslationCollator
 from attnpatch.experiments.translation.config import MarianTrainingConfig
 from attnpatch.experiments.translation.data import ParallelText, load_split, merge
 from attnpatch.experiments.translation.model import build_model
-from attnpatch.experiments.translation.tokenizer import build_tokenizer, encode, load_tokenizer
+from attnpatch.experiments.translation.tokenizer import build_tokenizer, encode
 from attnpatch.training.batching import SentenceBatchSampler, TokenBatchSampler
 from attnpatch.training.distribution import releases_folders
 from attnpatch.training.errors import TrainingError
@@ -34,6 +34,7 @@ from attnpatch.training.runs import (
     train_and_score,
     training_arguments,
 )
+from attnpatch.training.tokenizers import load_tokenizer
 
 # Settings that do not change what is trained: they may differ when a run is resumed.
 FREE_SETTINGS = {
@@ -200,9 +201,8 @@ def _score(run: Run, trainer: Any, tokenizer: Any, text: ParallelText) -> dict[s
     started = time.perf_counter()
     hypotheses, scores = _translate_and_score(config, trainer, tokenizer, rows, text, config.generation.num_beams)
     scores["seconds"] = round(time.perf_counter() - started, 2)
-    stem = Path(text.name).name
-    scores["hypotheses"] = f"{stem}.hypotheses.{config.data.target_lang}"
-    scores["bleu_statistics"] = f"{stem}.bleu.tsv.gz"
+    scores["hypotheses"] = f"{text.stem}.hypotheses.{config.data.target_lang}"
+    scores["bleu_statistics"] = f"{text.stem}.bleu.tsv.gz"
     if run.state.is_main_process:
         from attnpatch.experiments.translation.bleu_statistics import bleu_statistics, write_statistics
 

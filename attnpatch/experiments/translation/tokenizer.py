@@ -10,27 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attnpatch.atomic import write_json, writing_aside
 from attnpatch.errors import one_line
 from attnpatch.experiments.translation.config import TokenizerConfig
-from attnpatch.training.errors import ConfigError, TrainingError
-from attnpatch.training.files import read_json, sha256_lines
+from attnpatch.training.errors import ConfigError
+from attnpatch.training.files import sha256_lines
+from attnpatch.training.tokenizers import load_tokenizer, made_once
 
-CACHE_FILE = "made_from.json"
 EOS, UNK, PAD = "</s>", "<unk>", "<pad>"
-
-
-def load_tokenizer(path: str | Path, **kwargs: Any) -> Any:
-    """A tokenizer from a folder or the hub. Raises TrainingError when there is none, or a damaged one."""
-    from transformers import AutoTokenizer
-
-    with warnings.catch_warnings():
-        # MarianTokenizer asks for sacremoses, which only its normalize() uses, and nothing here calls that.
-        warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
-        try:
-            return AutoTokenizer.from_pretrained(str(path), **kwargs)
-        except Exception as error:  # a damaged file: RuntimeError of SentencePiece, a bare Exception of tokenizers
-            raise TrainingError(f"no usable tokenizer at {path}: {one_line(error, 300)}") from error
 
 
 def build_tokenizer(
@@ -52,15 +38,9 @@ def build_tokenizer(
         "languages": list(languages),
         "model_max_length": model_max_length,
     }
-    try:
-        if read_json(folder / CACHE_FILE) == key:
-            return load_tokenizer(folder)
-    except (TrainingError, OSError, json.JSONDecodeError):  # none, or damaged
-        pass
-    with writing_aside(folder) as aside:
-        _train(config, sources, targets, aside, languages, model_max_length)
-        write_json(aside / CACHE_FILE, key)
-    return load_tokenizer(folder)
+    return made_once(
+        folder, key, load_tokenizer, lambda aside: _train(config, sources, targets, aside, languages, model_max_length)
+    )
 
 
 def _train(

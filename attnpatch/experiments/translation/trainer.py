@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -14,7 +12,7 @@ from transformers import Seq2SeqTrainer
 from attnpatch.experiments.translation.data import ParallelText
 from attnpatch.experiments.translation.decoding import attention_of_decoding, empty_cache, lean_generation
 from attnpatch.training.batching import IGNORE, length_batches
-from attnpatch.training.losses import token_loss
+from attnpatch.training.losses import perplexity, token_loss
 from attnpatch.training.run_trainer import RunTrainer
 
 
@@ -76,19 +74,12 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
 
     # ---- evaluation ----
 
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-        **gen_kwargs: Any,
-    ) -> dict[str, float]:
-        """Mean negative log-likelihood per target token over the whole set (no smoothing, no auxiliary loss)."""
-        started = time.perf_counter()
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
+    def score(self, data: Any) -> dict[str, Any]:
+        """Mean negative log-likelihood per target token over a whole set (no smoothing), and its perplexity; of the
+        dev set also what `dev_scores` gives."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        lengths = [max(a, b) for a, b in zip(data["source_length"], data["target_length"], strict=True)]
         with self.evaluating() as model:
-            total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-            lengths = [max(a, b) for a, b in zip(data["source_length"], data["target_length"], strict=True)]
             with torch.no_grad():
                 for _, batch, counts in self._my_batches(data, lengths, self.eval_max_tokens):
                     labels = batch.pop("labels")
@@ -100,10 +91,10 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
                     total[1] += (labels != IGNORE).sum()
             total = self.accelerator.reduce(total, "sum")
             loss = float(total[0] / total[1])
-            metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700))}
-            if self.dev_scores is not None and metric_key_prefix == "eval":
-                metrics |= {f"eval_{name}": value for name, value in self.dev_scores(self).items()}
-        return self._evaluated(metrics, loss, started)
+            found: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss)}
+            if self.dev_scores is not None and data is self.eval_dataset:
+                found |= self.dev_scores(self)
+        return found
 
     def translate(self, data: Any, max_tokens: int, **generation: Any) -> list[list[int]]:
         """Token ids of each row's translation, in the rows' order, on every process.

@@ -7,7 +7,6 @@ them, and exact attention as the floor. `run` is what scripts/eval_value_aware.p
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,7 +19,6 @@ from torch import Tensor
 import attnpatch
 from attnpatch.environment import available_cpus, machine, versions
 from attnpatch.experiments.language_models.blocks import FixedBlocks, make_blocks
-from attnpatch.experiments.language_models.bpe import load_fast_tokenizer
 from attnpatch.experiments.language_models.model import FAMILIES, check_block_size
 from attnpatch.experiments.language_models.text import LineText, load_text, merge_text
 from attnpatch.experiments.value_aware.config import EXACT, ValueAwareConfig
@@ -33,11 +31,12 @@ from attnpatch.training.batching import IGNORE
 from attnpatch.training.distribution import check_alone
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.files import read_json, sha256_file
-from attnpatch.training.losses import token_loss
+from attnpatch.training.losses import perplexity, token_loss
 from attnpatch.training.modeling import checkpoint_errors
 from attnpatch.training.results import count_parameters, write_results
 from attnpatch.training.run_folder import check_folder
 from attnpatch.training.runs import speaker
+from attnpatch.training.tokenizers import load_fast_tokenizer
 
 
 class OutputErrors(SelectStage):
@@ -184,7 +183,7 @@ def _evaluate(config: ValueAwareConfig, name: str, kernel: str, model: Any, data
                     "method": method,
                     "r": r,
                     "loss": loss,
-                    "perplexity": math.exp(min(loss, 700)),
+                    "perplexity": perplexity(loss),
                     "output_error": sum(by_layer) / len(by_layer),
                     "output_error_by_layer": by_layer,
                 }
@@ -203,7 +202,7 @@ def _evaluate(config: ValueAwareConfig, name: str, kernel: str, model: Any, data
         "head_dim": width,
         "parameters": count_parameters(model),
         "blocks": len(data),
-        "exact": {"loss": exact, "perplexity": math.exp(min(exact, 700)), "predicted_tokens": data.predicted},
+        "exact": {"loss": exact, "perplexity": perplexity(exact), "predicted_tokens": data.predicted},
         "rows": rows,
         "seconds": round(time.perf_counter() - started, 2),
     }

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from attnpatch.experiments.translation.config import TokenizerConfig
-from attnpatch.experiments.translation.tokenizer import build_tokenizer, encode, load_tokenizer
+from attnpatch.experiments.translation.tokenizer import build_tokenizer, encode
 from attnpatch.training.errors import ConfigError, TrainingError
+from attnpatch.training.tokenizers import load_tokenizer
 
 LANGUAGES = ("de", "en")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+from attnpatch.training.data_files import read_lines
 from attnpatch.training.errors import DataError
 
 
@@ -21,28 +22,6 @@ class Side:
     path: Path
     sentences: list[str]
     lines: list[int]
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file without their ends. Raises DataError naming the first line that is not UTF-8."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # With a byte order mark, the positions in the error are those after it.
-        start = error.start + (3 if raw.startswith(b"\xef\xbb\xbf") else 0)
-        line = raw.count(b"\n", 0, start) + 1
-        raise DataError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{raw[start]:02x}); convert the file to UTF-8 first"
-        ) from error
-    # Not splitlines(): it also breaks at U+2028 and form feeds, which stand inside sentences of web text.
-    lines = text.split("\n")
-    if lines and lines[-1] == "":
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
 
 
 def read_text(path: Path) -> Side:
