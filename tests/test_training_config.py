@@ -79,7 +79,7 @@ def test_a_section_keeps_the_values_that_are_not_named() -> None:
     ("words", "expected"),
     [
         (["learning_rate=1"], "unknown key 'learning_rate'; did you mean 'training.learning_rate'? Known: data, "),
-        (["training.zzz=1"], "unknown key 'training.nothing_like'. Known in training: adam_beta1, "),
+        (["training.zzz=1"], "unknown key 'training.zzz'. Known in training: adam_beta1, "),
         (["training.learning_rte=1"], "did you mean 'training.learning_rate'? Known in training: "),
     ],
 )
