@@ -3,9 +3,9 @@
 
     python scripts/demo.py [CONFIG.yaml] [key=value ...]
 
-CONFIG is configs/demo-cpu.yaml unless given; the keys are those of the file, with dots: further.updates=100.
-The table, the plot and results.json go to outputs/demo (output=PATH). `--debug` shows tracebacks,
-`--plugin MODULE` imports a module that registers variants or families.
+CONFIG is configs/demo-cpu.yaml unless given; the keys are those of the file, with dots: further.updates=100. The
+table, the plot and results.json go to outputs/demo (output=PATH). `--show-config` prints all settings and stops,
+`--debug` shows tracebacks, `--plugin MODULE` imports a module that registers variants or families.
 Exit code: 0; 1 when a conversion changed what it must not change; 2 after an error; 130 after Ctrl-C.
 """
 

@@ -4,8 +4,9 @@
     python scripts/eval_value_aware.py configs/value-aware-cpu.yaml models=[RUN/model,...] data.dir=PATH/wikitext [...]
 
 Loss, perplexity and output error against r, exact attention as the floor: results.json and a figure in output.dir.
-`--smoke` does all of it in less than a minute, with two blocks and two r, to see that it works. `--debug` shows
-tracebacks, `--plugin MODULE` imports a module that registers variants or families.
+`--smoke` does all of it in less than a minute, with two blocks and two r, to see that it works. `--show-config`
+prints all settings and stops, `--debug` shows tracebacks, `--plugin MODULE` imports a module that registers
+variants or families.
 Exit code: 0; 2 after an error; 130 after Ctrl-C.
 """
 

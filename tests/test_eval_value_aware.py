@@ -118,6 +118,40 @@ def test_the_oracle_reaches_the_floor_and_never_loses(
     assert (tmp_path / "out" / "value-aware.png").stat().st_size > 1000
 
 
+def test_a_finished_model_is_not_evaluated_again(
+    data: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnpatch.experiments.value_aware import run as module
+
+    folders = [saved(tmp_path / name, tokenizer, spec) for name, spec in (("a", None), ("b", "elu"))]
+    evaluated: list[str] = []
+    real = module._evaluate
+
+    def watch(config: Any, name: str, *rest: Any) -> Any:
+        if len(evaluated) == 1 and stop:
+            raise KeyboardInterrupt
+        evaluated.append(Path(name).name)
+        return real(config, name, *rest)
+
+    monkeypatch.setattr(module, "_evaluate", watch)
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(data, tmp_path / "out", folders, "r=[2]")
+    stop = False
+    resumed = evaluate(data, tmp_path / "out", folders, "r=[2]")
+    assert evaluated == ["a", "b"]
+    whole = evaluate(data, tmp_path / "other", folders, "r=[2]")
+    assert evaluated == ["a", "b", "a", "b"]
+    for one, other in zip(resumed["models"], whole["models"], strict=True):
+        assert one["rows"] == other["rows"]
+    # Another setting or other weights are another record.
+    evaluate(data, tmp_path / "out", folders[:1], "r=[3]")
+    evaluate(data, tmp_path / "out", folders[:1], "r=[2]", "masking.eval_seed=5")
+    saved(tmp_path / "a", tokenizer)
+    evaluate(data, tmp_path / "out", folders[:1], "r=[2]")
+    assert evaluated[4:] == ["a", "a", "a"]
+
+
 def test_numbers_against_a_plain_computation(data: Path, tokenizer: Any, tmp_path: Path) -> None:
     """The exact loss, the loss of a patched model, and the first layer's output error at top-r, each done by hand."""
     from transformers import AutoModelForMaskedLM

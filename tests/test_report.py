@@ -436,6 +436,32 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "no file or folder" in capsys.readouterr().err
 
 
+def test_conversions(tmp_path: Path) -> None:
+    """Nothing is trained, so nothing is said of seeds."""
+    row = {"variant": "neural", "exact": True, "drift_max": 0.0, "drift_mean": 0.0, "parameters_added": 12}
+    row |= {"verify_passed": True, "spearman": 0.8671, "revert_bit_identical": True}
+    other = row | {"variant": "elu", "exact": False, "drift_max": 1.5, "drift_mean": 0.25, "verify_passed": False}
+    other |= {"revert_bit_identical": None}
+    del other["spearman"]
+    document = {
+        "experiment": "conversion",
+        "source": {"parameters": 100, "spearman": 0.8672},
+        "variants": [row, other],
+        "data": {"test": [{"files": [{"sha256": "0" * 64}]}]},
+    }
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "results.json").write_text(json.dumps(document))
+    found = write_report([tmp_path / "runs"], tmp_path / "out")
+    lines = found["tables"]["conversion / details"].splitlines()
+    assert lines[2:] == [
+        "| source | - | - | - | - | - | - | 0.867200 |",
+        "| neural | yes | 0.0e+00 | 0.0e+00 | 12 | pass | yes | 0.867100 |",
+        "| elu | no | 1.5e+00 | 2.5e-01 | 12 | **fail** | not recoverable | - |",
+    ]
+    assert "seed in common" not in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "out" / "conversion-drift.svg").stat().st_size > 1000
+
+
 def test_rounding_is_no_certainty() -> None:
     from attnpatch.reports.statistics import compare
 

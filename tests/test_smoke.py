@@ -100,6 +100,18 @@ def test_train_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert (results["seed"], results["steps"]) == (seed, 3)
     assert results["scores"]["dev"]["examples"] == 48
     assert results["mmd"]["after"]["examples"] == 4
+    lines = (tmp_path / "out-smoke" / "dev.predictions.tsv").read_text(encoding="utf-8").splitlines()
+    rows = [dict(zip(lines[0].split("\t"), line.split("\t"), strict=True)) for line in lines[1:]]
+    assert len(rows) == 48
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert right / 48 == pytest.approx(results["scores"]["dev"]["accuracy"])
+    given = (tmp_path / "SST-2" / "dev.tsv").read_text(encoding="utf-8").splitlines()
+    labels = dict(zip("01", ("negative", "positive"), strict=True))
+    for row in rows:
+        assert row["label"] == labels[given[int(row["line"]) - 1][0]]
+        shares = {name[2:-1]: float(value) for name, value in row.items() if name.startswith("p(")}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+        assert shares[row["prediction"]] == max(shares.values())
 
 
 def test_train_sequences(tmp_path: Path) -> None:
@@ -138,6 +150,20 @@ def test_limits_bound_and_keep(script: str) -> None:
                     assert new == old[:limit]
         assert small.output.dir == f"{config.output.dir}-smoke"
     assert found
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "demo"])
+def test_the_settings_can_be_shown(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed is a config file that gives the same settings; nothing else happens."""
+    needed = ["models=[x]"] if script == "eval_value_aware" else []
+    key = "output" if script == "demo" else "output.dir"
+    words = [*needed, f"{key}={tmp_path / 'run'}", "--show-config"]
+    assert run_script(script, words) == 0
+    shown = capsys.readouterr().out
+    (tmp_path / "shown.yaml").write_text(shown, encoding="utf-8")
+    loaded = load_config(config_class(script), tmp_path / "shown.yaml")
+    assert loaded == load_config(config_class(script), None, words[:-1])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_script_without_limits_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -303,7 +303,7 @@ def _row_notes(row: Row) -> list[str]:
     elif row.baseline is not None and not row.same_settings:
         other = "compared" if row.variant.startswith(STOCK) else "no stock run has the same settings, so it is compared"
         notes.append(f"{other} with {row.baseline}, which has other settings")
-    if row.baseline is not None and row.against is None:
+    if row.baseline is not None and row.against is None and row.seeds != [None]:
         notes.append(f"no seed in common with {row.baseline}")
     if row.against is not None and row.against.reason:
         notes.append(row.against.reason)

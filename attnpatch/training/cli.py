@@ -13,6 +13,7 @@ from typing import Any
 from attnpatch.errors import AttnpatchError, one_line
 
 WRONG, FAILED, PAUSED, INTERRUPTED = 1, 2, 75, 130
+FLAGS = ("--smoke", "--show-config", "--debug")
 
 
 def main(
@@ -25,7 +26,8 @@ def main(
     """Runs an experiment.
 
     Args:
-        argv: a config file, settings `key=value`, `--plugin MODULE`, `--smoke`, `--debug`, `--help`.
+        argv: a config file, settings `key=value`, `--plugin MODULE`, `--smoke`, `--show-config`, `--debug`,
+            `--help`.
         usage: what `--help` prints.
         config_class, run: its config class (a ScriptConfig) and its function, as module:name, so that a wrong config
             is told before anything heavy is imported.
@@ -35,8 +37,8 @@ def main(
     at its time limit; 130 after Ctrl-C.
     """
     debug = "--debug" in argv
-    smoke = "--smoke" in argv
-    words, plugins = _take_plugins([word for word in argv if word not in ("--debug", "--smoke")])
+    smoke, show = "--smoke" in argv, "--show-config" in argv
+    words, plugins = _take_plugins([word for word in argv if word not in FLAGS])
     if "-h" in words or "--help" in words or not (words or default_config):
         print((usage or __doc__ or "").strip())
         return 0 if words else FAILED
@@ -50,7 +52,7 @@ def main(
         options = [word for word in words if word.startswith("-")]
         if options:
             raise ConfigError(
-                f"unknown option {options[0]}; options: --plugin MODULE, --smoke, --debug, --help; settings are "
+                f"unknown option {options[0]}; options: --plugin MODULE, {', '.join(FLAGS)}, --help; settings are "
                 "key=value"
             )
         for name in plugins:
@@ -69,6 +71,11 @@ def main(
             config, changed = shrink(config)
             if os.environ.get("RANK", "0") == "0":
                 print(f"smoke run: {' '.join(changed)}", file=sys.stderr)
+        if show:
+            import yaml
+
+            print(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True), end="")
+            return 0
         require(kind.packages)
         try:
             _named(run)(config)

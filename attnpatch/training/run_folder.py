@@ -119,7 +119,7 @@ def clear(out: Path) -> None:
     """Deletes what an earlier run left behind."""
     for folder in [*checkpoints(out), *filter(Path.is_dir, [out / "model"])]:
         shutil.rmtree(folder)
-    for pattern in ("results.json", "*.hypotheses.*", "*.bleu.tsv.gz", "reliability.*"):
+    for pattern in ("results.json", "*.hypotheses.*", "*.bleu.tsv.gz", "*.predictions.tsv", "reliability.*"):
         for file in out.glob(pattern):
             file.unlink()
 

@@ -16,6 +16,7 @@ from attnpatch.experiments.classification.data import Examples, load_adversarial
 from attnpatch.experiments.classification.discrepancy import query_key_discrepancy
 from attnpatch.experiments.classification.metrics import draw_reliability, probabilities, reliability, scores
 from attnpatch.experiments.classification.model import build_classifier
+from attnpatch.experiments.classification.predictions import write_predictions
 from attnpatch.experiments.classification.tasks import TASKS, Task
 from attnpatch.experiments.classification.trainer import ClassificationTrainer, Encoded, RowCollator, encode
 from attnpatch.experiments.language_models.bpe import build_byte_level
@@ -101,6 +102,8 @@ def run(config: ClassificationConfig) -> dict[str, Any]:
         if after is not None:
             discrepancy["after"] = after
             found["mmd"] = after["mean"]
+        if run.state.is_main_process:
+            write_predictions(run.out / f"{name}.predictions.tsv", task, data.examples, outputs)
         numbers = ", ".join(f"{key} {value:.4f}" for key, value in found.items())
         return found | {"examples": len(data)}, f"{name}: {numbers} over {len(data):,} examples"
 

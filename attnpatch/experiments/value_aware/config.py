@@ -32,6 +32,7 @@ class ValueAwareConfig(ScriptConfig):
     """One run of scripts/eval_value_aware.py."""
 
     packages: ClassVar[tuple[str, ...]] = DRAWING
+    again: ClassVar[str] = "goes on with the models that are left"
     smoke_limits: ClassVar[dict[str, int]] = {"r": 2, "blocks": 2}
 
     # Trained language models, masked or causal: folders (scripts/train_mlm.py writes them as RUN/model) or hub ids.

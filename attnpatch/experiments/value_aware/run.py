@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import attnpatch
+from attnpatch.atomic import write_json
 from attnpatch.environment import available_cpus, machine, versions
 from attnpatch.experiments.language_models.blocks import FixedBlocks, make_blocks
 from attnpatch.experiments.language_models.model import FAMILIES, check_block_size
@@ -28,9 +29,9 @@ from attnpatch.pipeline import AttentionPipeline, pipeline_of
 from attnpatch.registry import find_sites
 from attnpatch.stages.select import SelectStage
 from attnpatch.training.batching import IGNORE
-from attnpatch.training.distribution import check_alone
+from attnpatch.training.distribution import check_alone, hold, releases_folders
 from attnpatch.training.errors import TrainingError
-from attnpatch.training.files import read_json, sha256_file
+from attnpatch.training.files import read_json, sha256_file, sha256_lines
 from attnpatch.training.losses import perplexity, token_loss
 from attnpatch.training.modeling import checkpoint_errors
 from attnpatch.training.results import count_parameters, write_results
@@ -78,9 +79,15 @@ def sparse_spec(method: str, r: int, swaps: int = 0) -> dict[str, dict[str, Any]
     return {"value_aware": options | ({"swaps": swaps} if method == "oracle" and swaps else {})}
 
 
+# Settings that no model's record depends on.
+_FREE = ("models", "kernels", "data", "output", "device", "threads")
+
+
+@releases_folders
 def run(config: ValueAwareConfig) -> dict[str, Any]:
     """Evaluates every model under every kernel, and returns what stands in results.json.
 
+    A model that was evaluated so before, by a run that was stopped or had fewer models, is not evaluated again.
     Raises an AttnpatchError with one sentence for anything a person can mend.
     """
     started = time.perf_counter()
@@ -92,6 +99,7 @@ def run(config: ValueAwareConfig) -> dict[str, Any]:
     out = Path(config.output.dir)
     check_folder("output.dir", out)
     check_alone("a sweep over trained models is not shared out")
+    hold(out)
     say = speaker(config.output.quiet, True)
     text = merge_text(load_text(config.data, "test"), "test")
     models = []
@@ -100,7 +108,14 @@ def run(config: ValueAwareConfig) -> dict[str, Any]:
         data = _blocks(config, model, tokenizer, text)
         trained = _stages(model)[0]
         for kernel in dict.fromkeys(trained if kernel == "own" else kernel for kernel in config.kernels):
-            record = _evaluate(config, name, kernel, model, data)
+            kept = _kept(config, name, kernel, text)
+            if kept is not None and kept.is_file():
+                record = dict(read_json(kept)) | {"path": name}
+            else:
+                record = _evaluate(config, name, kernel, model, data)
+                if kept is not None:
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(kept, record)
             models.append(record)
             say(
                 f"{name}, {record['kernel']} ({record['objective']}): exact perplexity "
@@ -231,6 +246,17 @@ def _exact(
 
 def _pipelines(model: Any) -> list[AttentionPipeline]:
     return [pipeline for pipeline in map(pipeline_of, model.modules()) if pipeline is not None]
+
+
+def _kept(config: ValueAwareConfig, name: str, kernel: str, text: LineText) -> Path | None:
+    """The file of one model's record, named by all that it depends on; None for weights that are not in one file."""
+    weights = Path(name) / "model.safetensors"
+    if not weights.is_file():
+        return None
+    settings = {key: value for key, value in config.as_dict().items() if key not in _FREE}
+    sums = [file["text_sha256"] for file in text.files]
+    depends = [sha256_file(weights), kernel, settings, config.data.block_size, sums, versions()]
+    return Path(config.output.dir) / "models" / f"{sha256_lines([repr(depends)])[:16]}.json"
 
 
 @torch.no_grad()
