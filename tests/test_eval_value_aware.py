@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from run_script import run_script
+from safetensors.torch import load_file, save_file
 
 import attnpatch
 from attnpatch.experiments.language_models.blocks import FixedBlocks, make_blocks
@@ -150,6 +151,25 @@ def test_a_finished_model_is_not_evaluated_again(
     saved(tmp_path / "a", tokenizer)
     evaluate(data, tmp_path / "out", folders[:1], "r=[2]")
     assert evaluated[4:] == ["a", "a", "a"]
+    # So are the same weights under another config: an option of the spec is no weight.
+    scaled = [saved(tmp_path / str(scale), tokenizer, {"expressive": {"scale": scale}}) for scale in (0.25, 4.0)]
+    weights = [(Path(folder) / "model.safetensors").read_bytes() for folder in scaled]
+    (Path(scaled[1]) / "model.safetensors").write_bytes(weights[0])
+    one, other = evaluate(data, tmp_path / "out", scaled, "r=[2]")["models"]
+    assert one["sha256"] == other["sha256"]
+    assert one["exact"] != other["exact"]
+    document = write_report([tmp_path / "out"], tmp_path / "report")
+    runs = document["experiments"]["value_aware masked"]["runs"]
+    assert [run["variant"] for run in runs] == ["expressive(scale=0.25)", "expressive(scale=4.0)"]
+
+
+def test_whole_words(data: Path, tokenizer: Any, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", tokenizer)
+    words, pieces = (
+        evaluate(data, tmp_path / "out", [folder], "r=[2]", f"masking.whole_words={value}")["models"][0]
+        for value in ("true", "false")
+    )
+    assert words["exact"] != pieces["exact"]
 
 
 def test_numbers_against_a_plain_computation(data: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -228,7 +248,17 @@ def test_errors_are_sentences(data: Path, tokenizer: Any, tmp_path: Path, capsys
     assert "r has 0" in fails("r=[0]")
     assert "models is empty" in fails("models=[]")
     assert "its model is in the folder model" in fails(f"models=[{tmp_path / 'run'}]")
-    assert "has only" in fails("blocks=9999")
+    plain = saved(tmp_path / "elu", tokenizer, "elu")
+    assert "has only" in fails(f"models=[{plain}]", "blocks=9999")
+    partly = saved(tmp_path / "partly", tokenizer, {"expressive": {}, "layers": "0"})
+    assert "layers with different kernels (expressive, softmax)" in fails(f"models=[{partly}]")
+    aware = saved(tmp_path / "aware", tokenizer, "query_value")
+    assert "has the variant query_value" in fails(f"models=[{aware}]")
+    weights = load_file(Path(plain) / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "lm_head" not in k}, Path(plain) / "model.safetensors", {"format": "pt"}
+    )
+    assert "lacks weights of a RobertaForMaskedLM" in fails(f"models=[{plain}]")
     plain = saved(tmp_path / "elu", tokenizer, "elu")
     assert "cannot be exchanged" in fails(f"models=[{plain}]", "kernels=[softmax]", "blocks=2")
 

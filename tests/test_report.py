@@ -462,6 +462,34 @@ def test_conversions(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "conversion-drift.svg").stat().st_size > 1000
 
 
+def test_what_makes_runs_differ(tmp_path: Path) -> None:
+    """Processes have a batch each; translations of another length penalty are another measurement."""
+    runs = [result(seed=1), result(seed=2), result("neural", processes=2), result("neural", seed=2)]
+    labels = [run.label for run in group(load_runs(find_results(put(tmp_path / "p", *runs))))["mlm"]]
+    assert labels == ["stock", "stock", "neural [processes=2]", "neural"]
+    scores = {"test": {"bleu": 20.0, "sentences": 5}}
+    runs = [result(scores=scores, config__generation={"length_penalty": value}) for value in (1.0, 0.2)]
+    with pytest.raises(ReportError, match="length_penalty"):
+        group(load_runs(find_results(put(tmp_path / "l", runs[0], result("neural") | runs[1] | {"seed": 2}))))
+
+
+def test_a_run_above_others_hides_none(tmp_path: Path) -> None:
+    put(tmp_path, result(), result("neural"))
+    (tmp_path / "results.json").write_text(json.dumps(result("elu")))
+    cells = tmp_path / "cells" / "N2-tau2"
+    cells.mkdir(parents=True)
+    (cells / "results.json").write_text("{}")
+    found = find_results([tmp_path])
+    assert len(found) == 3
+    assert cells / "results.json" not in found
+
+
+@pytest.mark.parametrize("value", [None, "20.0", True])
+def test_a_score_is_a_number(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ReportError, match=r"its score test: perplexity is .*, no number"):
+        load_runs(find_results(put(tmp_path, result(scores={"test": {"perplexity": value}}))))
+
+
 def test_rounding_is_no_certainty() -> None:
     from attnpatch.reports.statistics import compare
 

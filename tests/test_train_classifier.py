@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from run_script import run_script
+from safetensors.torch import save_file
 
 from attnpatch.errors import CheckpointError
 from attnpatch.experiments.classification.config import ClassificationConfig
@@ -382,6 +383,19 @@ def test_a_pretrained_checkpoint(glue: Path, tmp_path: Path) -> None:
     assert two["classifier.out_proj.weight"].shape == (1, 16)
     assert all(torch.equal(one[name], two[f"roberta.{name}"]) for name in one)
     assert len(results["pretrained"]["weights_sha256"]) == 1
+    save_file({k: v for k, v in one.items() if "layer.0.output" not in k}, bare / "model.safetensors", {"format": "pt"})
+    for spec in ("stock", "query_value"):
+        with pytest.raises(CheckpointError, match=r"lacks weights of a RobertaForSequenceClassification"):
+            train(glue, tmp_path / "fifth", "task.name=stsb", f"spec={spec}", *more)
+
+
+def test_what_was_not_measured_is_not_said_to_be(glue: Path, tmp_path: Path) -> None:
+    """A finished run whose weights were not kept cannot be scored in another way."""
+    kept = ("task.name=sst2", "output.keep_weights=false")
+    first = train(glue, tmp_path / "a", *kept, "discrepancy.examples=0")
+    assert train(glue, tmp_path / "a", *kept, "discrepancy.examples=0") == json.loads(json.dumps(first, default=str))
+    with pytest.raises(TrainingError, match=r"is finished, with other discrepancy settings"):
+        train(glue, tmp_path / "a", *kept, "discrepancy.examples=4")
 
 
 def test_packages_hold_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

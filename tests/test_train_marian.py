@@ -160,12 +160,19 @@ def test_from_checkpoint_and_average(data: Path, tmp_path: Path) -> None:
     assert results["final_weights"] == ["checkpoint-2", "checkpoint-4"]
     assert "case:lc" in results["scores"]["test"]["bleu_signature"]
     after = weights(tmp_path / "b")
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     parts = [load_file(tmp_path / "b" / name / "model.safetensors") for name in results["final_weights"]]
     for name, value in after.items():
         torch.testing.assert_close(value, (parts[0][name] + parts[1][name]) / 2)
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+    from attnpatch.errors import CheckpointError
+
+    partial = {name: value for name, value in before.items() if "fc1" not in name}
+    save_file(partial, tmp_path / "a" / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks weights of a MarianMTModel .* model\.decoder\.layers\.0\.fc1"):
+        train(data, tmp_path / "c", *more)
 
 
 def test_a_calibrated_start_is_closest_to_the_checkpoint(data: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from pyarrow import parquet
 from run_script import run_script
+from safetensors.torch import load_file, save_file
 
+from attnpatch.errors import CheckpointError
 from attnpatch.experiments.language_models.blocks import BlockCollator, FixedBlocks, make_blocks
 from attnpatch.experiments.language_models.bpe import build_byte_level
 from attnpatch.experiments.language_models.config import ByteLevelConfig, MaskingConfig, MLMTrainingConfig, TextConfig
@@ -28,6 +31,7 @@ from attnpatch.training.batching import IGNORE
 from attnpatch.training.checkpoints import last_complete, step_of
 from attnpatch.training.config import load_config
 from attnpatch.training.errors import ConfigError, DataError, RunPaused, TrainingError
+from attnpatch.training.files import sha256_file
 from attnpatch.training.losses import token_loss
 from attnpatch.training.tokenizers import load_fast_tokenizer
 
@@ -435,6 +439,37 @@ def test_patched_checkpoint_with_pretrained_weights(data: Path, tmp_path: Path) 
     patched = train(data, tmp_path / "b", *more, "spec=neural", "training.evaluate_every=never")
     assert patched["parameters"]["trainable"] > stock["parameters"]["trainable"]
     assert patched["scores"]["test.txt"]["loss"] == pytest.approx(stock["scores"]["test.txt"]["loss"], rel=1e-5)
+
+
+def test_no_weight_is_random(data: Path, tmp_path: Path) -> None:
+    """A checkpoint without a head, and one whose config asks for fewer or more layers than it has."""
+    train(data, tmp_path / "a", "training.max_steps=2", "training.evaluate_every=never")
+    folder = tmp_path / "a" / "model"
+    start = (f"model.pretrained={folder}", "training.max_steps=1", "training.evaluate_every=never")
+    config = json.loads((folder / "config.json").read_text())
+    for layers, words in ((0, "has layers that are not in"), (2, "lacks weights of")):
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+        with pytest.raises(CheckpointError, match=f"{words} a RobertaForMaskedLM"):
+            train(data, tmp_path / "b", *start)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    headless = {name: value for name, value in weights.items() if not name.startswith("lm_head")}
+    save_file(headless, folder / "model.safetensors", {"format": "pt"})
+    for spec in ("stock", "neural"):
+        with pytest.raises(CheckpointError, match=r"lacks weights of .* \(\d: lm_head\..*they would be random"):
+            train(data, tmp_path / "c", *start, f"spec={spec}")
+
+
+def test_other_weights_in_the_same_place_are_another_run(data: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("other", 2)):
+        train(data, tmp_path / name, "training.max_steps=2", "training.evaluate_every=never", f"seed={seed}")
+    start = (f"model.pretrained={tmp_path / 'a' / 'model'}", "training.max_steps=1", "training.evaluate_every=never")
+    results = train(data, tmp_path / "b", *start)
+    weights = tmp_path / "a" / "model" / "model.safetensors"
+    assert results["pretrained"]["weights_sha256"] == [sha256_file(weights)]
+    shutil.copy(tmp_path / "other" / "model" / "model.safetensors", weights)
+    with pytest.raises(TrainingError, match=r"other settings \(pretrained\.weights_sha256"):
+        train(data, tmp_path / "b", *start)
 
 
 @pytest.mark.slow

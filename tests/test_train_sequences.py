@@ -148,7 +148,7 @@ def test_a_small_model_learns_a_small_task(tmp_path: Path) -> None:
 
 
 def test_grid_and_its_extension(tmp_path: Path) -> None:
-    more = ("task.bases=[2,[2,3]]", "task.delays=[1,2]", "training.evaluate_every=2")
+    more = ("task.bases=[2,[2,3]]", "task.delays=[2,3]", "training.evaluate_every=2")
     results = run(configured(tmp_path, *more))
     assert results == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     records = results["cells"]
@@ -216,6 +216,7 @@ def test_errors_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     assert "did you mean 'task.delays'" in fails("task.delay=[2]")
     assert "too short for the delay 9" in fails("task.delays=[9]")
+    assert "task.delays has 1: a whole number of at least 2" in fails("task.delays=[1]")
     assert "whole number of at least 2" in fails("task.bases=[1]")
     assert "names each number once" in fails("task.bases=[[2,2]]")
     for words in (["task.bases=[2,3,2]"], ["task.delays=[2,[2,3],[3,2]]"], ["seeds=[1,1]"], ["specs=[stock,stock]"]):

@@ -113,6 +113,18 @@ def test_bad_files(tmp_path: Path) -> None:
         load_config(MarianTrainingConfig, tmp_path / "other.yaml")
 
 
+def test_a_key_stands_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"not valid YAML: .*'training' stands twice"):
+        load(text="training:\n  epochs: 2\nseed: 3\ntraining:\n  max_tokens: 5\n", folder=tmp_path)
+
+
+def test_a_mapping_for_a_section_changes_what_it_names(tmp_path: Path) -> None:
+    text = "training:\n  epochs: 2\n  batching: sentences\nspec: {neural: {preset: marian}}\n"
+    config = load("training={epochs: 3}", "spec={expressive: {}}", text=text, folder=tmp_path)
+    assert (config.training.epochs, config.training.batching) == (3, "sentences")
+    assert config.spec == {"expressive": {}}  # no section: it is replaced
+
+
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_FOLDER", "/there")
     assert load("data.dir=${SOME_FOLDER}/x").data.dir == "/there/x"

@@ -116,11 +116,17 @@ def find_results(paths: Iterable[str | Path]) -> list[Path]:
         every = sorted(path.rglob("results.json"))
         inside = [found for found in every if not _is_smoke(found.relative_to(path))] or every
         folders = {candidate.parent for candidate in inside}
-        kept = [candidate for candidate in inside if folders.isdisjoint(candidate.parent.parents)]
+        kept = [candidate for candidate in inside if not _is_cell(candidate, folders)]
         if not kept:
             raise ReportError(f"no results.json in the folder {path}: has its run ended?")
         found += kept
     return list(dict.fromkeys(found))
+
+
+def _is_cell(path: Path, folders: set[Path]) -> bool:
+    """Whether it is a part of a grid that has results of its own (RUN/cells/CELL/results.json)."""
+    cells = path.parent.parent
+    return cells.name == "cells" and cells.parent in folders
 
 
 def _is_smoke(path: Path) -> bool:
@@ -172,24 +178,29 @@ def _read(path: Path) -> list[Run]:
 
 def _one_run(path: Path, data: Mapping[str, Any]) -> list[Run]:
     """A run of one model: translation, mlm, clm and whatever has `scores` of that shape."""
+    config = data.get("config") or {}
+    generation = config.get("generation") or {}
     scores: dict[Metric, float] = {}
     signature: dict[str, Any] = {}
     statistics: dict[str, Path] = {}
     for test, values in data["scores"].items():
         for name in (*HIGHER, *LOWER):
-            value = values.get(name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                if name == "loss" and "perplexity" in values:
-                    continue  # the same thing twice
-                scores[Metric(test, name)] = float(value)
+            if name not in values or (name == "loss" and "perplexity" in values):  # the same thing twice
+                continue
+            value = values[name]
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ReportError(f"its score {test}: {name} is {value!r}, no number")
+            scores[Metric(test, name)] = float(value)
         signature[test] = {key: values[key] for key in _SIGNATURE if key in values}
+        if "length_penalty" in generation:
+            signature[test]["length_penalty"] = generation["length_penalty"]
         kept = path.parent / str(values.get("bleu_statistics", ""))
         if kept.is_file():
             statistics[test] = kept
     if data.get("tokenizer"):
         signature["tokenizer"] = data["tokenizer"]["sha256"]
-    config = data.get("config") or {}
     settings = _flat(config)
+    settings["processes"] = data.get("processes", 1)  # each has a batch of its own
     if "precision" in data:
         settings["precision"] = data["precision"]
     weights = (data.get("pretrained") or {}).get("weights_sha256")
@@ -248,7 +259,8 @@ def _sequence_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
 
 
 def _value_aware_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
-    """Sparse evaluations of trained models: a run for each, its kernel as the variant."""
+    """Sparse evaluations of trained models: a run for each."""
+    config = data.get("config") or {}
     runs = []
     for model in data["models"]:
         scores = {Metric("exact", "loss"): float(model["exact"]["loss"])}
@@ -257,18 +269,26 @@ def _value_aware_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
                 Metric(f"{row['method']} r={row['r']}", key): float(row[key]) for key in ("output_error", "loss")
             }
         _ = model["head_dim"], model["exact"]["perplexity"], [row["perplexity"] for row in model["rows"]]
-        kernel = model["kernel"]
+        kernel, trained = model["kernel"], model["kernel_trained"]
+        variant = _variant(model["spec"], {}) if "spec" in model else STOCK if trained == "softmax" else trained
+        if kernel != trained:
+            variant = f"{kernel} in place of softmax" + ("" if variant == STOCK else f" in {variant}")
+        settings = {f"masking.{key}": value for key, value in config.get("masking", {}).items()}
+        settings["swaps"] = config.get("swaps")
+        signature = {"predicted_tokens": model["exact"]["predicted_tokens"]}
+        signature |= {key: model[key] for key in ("tokenizer_sha256",) if key in model}
+        signature["block_size"] = (config.get("data") or {}).get("block_size")
         runs.append(
             Run(
                 str(path),
                 f"value_aware {model['objective']}",
-                STOCK if kernel == "softmax" else kernel,
+                variant,
                 model.get("seed"),
                 model["parameters"]["trainable"],
                 scores,
-                {"kernel_trained": model["kernel_trained"]},
+                settings,
                 _checksums(data["data"]),
-                {"exact": {"predicted_tokens": model["exact"]["predicted_tokens"]}},
+                {"exact": signature},
                 {},
                 _environment(data),
                 details=[model],

@@ -52,7 +52,7 @@ def load_config(cls: type[T], path: str | Path | None, overrides: Sequence[str] 
             beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
             raise ConfigError(f"no config file {path}" + (f"; in {path.parent}: {', '.join(beside)}" if beside else ""))
         try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+            loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid YAML: {one_line(error)}") from error
         if loaded is not None and not isinstance(loaded, dict):
@@ -60,7 +60,7 @@ def load_config(cls: type[T], path: str | Path | None, overrides: Sequence[str] 
         tree = loaded or {}
     own = set(tree)
     for word in overrides:
-        _override(tree, word)
+        _override(cls, tree, word)
     try:
         return _build(cls, tree, "", None)
     except _UnknownKey as error:
@@ -70,7 +70,19 @@ def load_config(cls: type[T], path: str | Path | None, overrides: Sequence[str] 
         raise ConfigError(f"{path}: {error}. Is it the config of another script?") from None
 
 
-def _override(tree: dict[str, Any], word: str) -> None:
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once: of two, PyYAML would keep the second without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                problem = f"the key {key!r} stands twice in one mapping"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.value[number][0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _override(cls: type, tree: dict[str, Any], word: str) -> None:
     key, equals, text = word.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{word!r} is not an override: write key=value, for example training.epochs=2")
@@ -85,7 +97,16 @@ def _override(tree: dict[str, Any], word: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"{key}: {section} is a value, not a section")
         node = child
+    if isinstance(value, dict) and isinstance(node.get(last), dict) and key.strip() in _sections(cls):
+        value = {**node[last], **value}  # what a mapping does not name stays
     node[last] = value
+
+
+def _sections(cls: type, prefix: str = "") -> Iterator[str]:
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield f"{prefix}{name}"
+            yield from _sections(typing.cast(type, hint), f"{prefix}{name}.")
 
 
 class _UnknownKey(Exception):

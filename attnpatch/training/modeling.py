@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from attnpatch.spec import AttentionSpec
 from attnpatch.training.errors import ConfigError
 from attnpatch.training.files import sha256_file
 from attnpatch.training.pretrained import checkpoint_path
+
+_ABSENT = ("missing_keys", "mismatched_keys")
 
 
 def on_cpu(training: Any) -> bool:
@@ -89,16 +92,24 @@ def checkpoint_identity(config: Any) -> dict[str, Any] | None:
     return {"name": name, "revision": config.model.revision}
 
 
-def from_checkpoint(config: Any, auto: Any, prepare: Callable[[Any], None], patch: bool = True, **more: Any) -> Any:
+def from_checkpoint(
+    config: Any,
+    auto: Any,
+    prepare: Callable[[Any], None],
+    patch: bool = True,
+    may_be_new: Sequence[str] = (),
+    **more: Any,
+) -> Any:
     """The checkpoint `model.pretrained` in float32, converted to the run's spec while it loads, unless not `patch`.
 
     Args:
         auto: the class whose `from_pretrained` builds it.
         prepare: gets the checkpoint's config, may change it, and raises when it is of another kind.
+        may_be_new: what may be random, as the checkpoint lacks it: beginnings of parameters' names.
         more: further arguments of `from_pretrained`.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing or damaged, or lacks or holds weights that the model does not.
     """
     from transformers import AutoConfig
 
@@ -112,7 +123,26 @@ def from_checkpoint(config: Any, auto: Any, prepare: Callable[[Any], None], patc
         backend = attention_backend(config)
         if backend:
             more["attn_implementation"] = backend
-        return auto.from_pretrained(path, config=model_config, dtype=torch.float32, **hub, **more)
+        return load_whole(auto, path, may_be_new, config=model_config, dtype=torch.float32, **hub, **more)
+
+
+def load_whole(auto: Any, path: str, may_be_new: Sequence[str] = (), **arguments: Any) -> Any:
+    """`auto.from_pretrained`, but no weight is random (transformers warns only), and no layer is left out.
+
+    Heads that the model does not have may be in the checkpoint. Raises CheckpointError.
+    """
+    model, info = auto.from_pretrained(path, output_loading_info=True, **arguments)
+    absent = [key if isinstance(key, str) else key[0] for name in _ABSENT for key in info.get(name, ())]
+    absent = sorted(key for key in absent if not key.startswith(tuple(may_be_new)))
+    layers = sorted(key for key in info.get("unexpected_keys", ()) if re.search(r"(^|\.)layers?\.\d+\.", key))
+    for keys, what in ((absent, "lacks weights of"), (layers, "has layers that are not in")):
+        if keys:
+            shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+            raise CheckpointError(
+                f"the checkpoint {path} {what} a {type(model).__name__} as its config.json describes it ({len(keys)}: "
+                f"{shown}); they would be {'random' if keys is absent else 'lost'}"
+            )
+    return model
 
 
 def override(model_config: Any, values: Mapping[str, Any]) -> None:

@@ -19,10 +19,19 @@ FREE_TRAINING = {"resume", "log_every", "keep_checkpoints", "final", "average", 
 """Keys of `training` that do not change what is trained."""
 
 
-def identity(config: Any, free: Mapping[str, set[str] | None], training_text: list[str]) -> dict[str, Any]:
-    """What must be equal for a run to be resumed: all settings that bear on training, and the training text.
+def identity(
+    config: Any,
+    free: Mapping[str, set[str] | None],
+    training_text: list[str],
+    pretrained: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What must be equal for a run to be resumed: all settings that bear on training, the training text, and the
+    weights that it started from.
 
-    `free` names the keys of each section that may differ; None is the whole section.
+    Args:
+        free: the keys of each section that may differ; None is the whole section.
+        training_text: checksums.
+        pretrained: `checkpoint_identity`.
     """
     tree: dict[str, Any] = config.as_dict()
     for section, keys in free.items():
@@ -31,6 +40,8 @@ def identity(config: Any, free: Mapping[str, set[str] | None], training_text: li
         else:
             tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
     tree["training_text"] = training_text
+    if pretrained is not None:
+        tree["pretrained"] = {key: value for key, value in pretrained.items() if key != "name"}
     return tree
 
 

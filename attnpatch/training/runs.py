@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from attnpatch.atomic import write_json
 from attnpatch.auxiliary import has_loss_hooks
@@ -261,7 +262,13 @@ def train(trainer: Any, checkpoint: Path | None, say: Say) -> bool:
             return False
         trainer.progress.resumed_at.append(step)
         say(f"resuming from {checkpoint}")
-        trainer.train(resume_from_checkpoint=str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        except SafetensorError as error:
+            raise TrainingError(
+                f"{checkpoint} is damaged ({one_line(error, 200)}): delete it, and the same command goes on from the "
+                "one before"
+            ) from error
     done, planned = trainer.state.global_step, planned_steps(trainer)
     if done < planned:
         if trainer.is_world_process_zero():  # the launchers of several processes turn every exit code into 1

@@ -37,7 +37,9 @@ def build_classifier(config: ClassificationConfig, task: Task, tokenizer: Any) -
                 )
             override(model_config, head)
 
-        model = from_checkpoint(config, transformers.AutoModelForSequenceClassification, prepare)
+        # Checkpoints of language models have neither a head for classes nor, often, the pooler below it.
+        new = ("classifier.", "bert.pooler.")
+        model = from_checkpoint(config, transformers.AutoModelForSequenceClassification, prepare, may_be_new=new)
     else:
         roberta = size.family == "roberta"
         kind = transformers.RobertaForSequenceClassification if roberta else transformers.BertForSequenceClassification

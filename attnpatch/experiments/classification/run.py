@@ -23,6 +23,7 @@ from attnpatch.experiments.language_models.bpe import build_byte_level
 from attnpatch.training.batching import SentenceBatchSampler
 from attnpatch.training.checkpoints import checkpoints
 from attnpatch.training.distribution import releases_folders
+from attnpatch.training.errors import TrainingError
 from attnpatch.training.files import read_json, sha256_lines
 from attnpatch.training.modeling import checkpoint_identity
 from attnpatch.training.results import count_parameters
@@ -58,12 +59,21 @@ def run(config: ClassificationConfig) -> dict[str, Any]:
     task = TASKS[config.task.name]
     train, dev, adversarial = _data(config, task)
     checksums = [file["text_sha256"] for part in (train, dev) for file in part.files]
-    known_as = identity(config, FREE_SETTINGS, checksums)
+    pretrained = checkpoint_identity(config)
+    known_as = identity(config, FREE_SETTINGS, checksums, pretrained)
     checkpoint = resume_point(config, run.out, known_as, run.state)
     finished = run.out / "results.json"
     if finished.is_file() and checkpoint is None and not (run.out / "model").is_dir():
+        results = dict(read_json(finished))
+        asked = config.as_dict()
+        other = [key for key in ("data", "discrepancy") if _scored(asked[key]) != _scored(results["config"][key])]
+        if other:
+            raise TrainingError(
+                f"{run.out} is finished, with other {' and '.join(other)} settings, and its weights were not kept: "
+                "what these settings ask for cannot be measured any more; choose another output.dir"
+            )
         run.say(f"this run is finished, and its weights were not kept: {finished}")
-        return dict(read_json(finished))
+        return results
     with run.state.main_process_first():
         tokenizer = _tokenizer(config, train, run.out)
     sets = {
@@ -108,8 +118,8 @@ def run(config: ClassificationConfig) -> dict[str, Any]:
         return found | {"examples": len(data)}, f"{name}: {numbers} over {len(data):,} examples"
 
     def describe() -> dict[str, Any]:
-        found = _describe(config, task, trainer, tokenizer, sets)
-        return found | {"reliability": diagrams, "mmd": discrepancy}
+        found = _describe(task, trainer, tokenizer, sets)
+        return found | {"pretrained": pretrained, "reliability": diagrams, "mmd": discrepancy}
 
     tests = [(name, data) for name, data in sets.items() if name != "train"]
     results = train_and_score(run, trainer, checkpoint, EXPERIMENT, describe, tests, score)
@@ -122,6 +132,11 @@ def run(config: ClassificationConfig) -> dict[str, Any]:
                 shutil.rmtree(path)
     run.state.wait_for_everyone()
     return results
+
+
+def _scored(section: dict[str, Any]) -> dict[str, Any]:
+    """Settings that say what is measured, and not where it lies."""
+    return {key: value for key, value in section.items() if key not in ("dir", "about")}
 
 
 # ---- data and tokens ----
@@ -189,13 +204,10 @@ def _discrepancy(config: ClassificationConfig, trainer: ClassificationTrainer, d
         return query_key_discrepancy(model, trainer.batches(part, size=4), config.discrepancy.bandwidth)
 
 
-def _describe(
-    config: ClassificationConfig, task: Task, trainer: ClassificationTrainer, tokenizer: Any, sets: dict[str, Encoded]
-) -> dict[str, Any]:
+def _describe(task: Task, trainer: ClassificationTrainer, tokenizer: Any, sets: dict[str, Encoded]) -> dict[str, Any]:
     read, examples, seconds = tokens_of(trainer)
     return {
         "task": task.name,
-        "pretrained": checkpoint_identity(config),
         "tokens": {
             "read": read,
             "examples": examples,

@@ -18,6 +18,7 @@ from attnpatch.experiments.language_models.text import LineText, load_text, merg
 from attnpatch.training.batching import SentenceBatchSampler
 from attnpatch.training.distribution import releases_folders
 from attnpatch.training.files import sha256_lines
+from attnpatch.training.modeling import checkpoint_identity
 from attnpatch.training.results import count_parameters
 from attnpatch.training.run_folder import FREE_TRAINING, identity, resume_point
 from attnpatch.training.runs import (
@@ -52,7 +53,8 @@ def run(config: MLMTrainingConfig) -> dict[str, Any]:
     train = merge_text(texts["train"], "train")
     dev = merge_text(texts["dev"], "dev") if texts["dev"] else None
     check_dev(config, dev)
-    known_as = identity(config, FREE_SETTINGS, [file["text_sha256"] for file in train.files])
+    pretrained = checkpoint_identity(config)
+    known_as = identity(config, FREE_SETTINGS, [file["text_sha256"] for file in train.files], pretrained)
     checkpoint = resume_point(config, run.out, known_as, run.state)
     with run.state.main_process_first():
         tokenizer = _tokenizer(config, train, run.out)
@@ -90,7 +92,7 @@ def run(config: MLMTrainingConfig) -> dict[str, Any]:
         trainer,
         checkpoint,
         EXPERIMENTS[config.model.objective],
-        lambda: _describe(trainer, tokenizer, texts, held),
+        lambda: _describe(trainer, tokenizer, texts, held) | ({"pretrained": pretrained} if pretrained else {}),
         list(tests.items()),
         score,
     )

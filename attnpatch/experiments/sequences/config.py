@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class TaskConfig:
-    """The grid: every base with every delay. A list among them is a mixture: delays: [2, 4, [2, 4]]."""
+    """The grid: every base with every delay. A list among them is a mixture: delays: [2, 4, [2, 4]].
+
+    Delays begin at 2: with 1 a sequence doubles its symbol, and ends in zeros for every even base.
+    """
 
     bases: list[Any] = field(default_factory=lambda: [2, 4])
     delays: list[Any] = field(default_factory=lambda: [2, 4])
@@ -97,7 +100,7 @@ class SequencesConfig(ScriptConfig):
     def cells(self) -> list[Cell]:
         """The grid, base by base."""
         bases = [_numbers("task.bases", item, 2) for item in self.task.bases]
-        delays = [_numbers("task.delays", item, 1) for item in self.task.delays]
+        delays = [_numbers("task.delays", item, 2) for item in self.task.delays]
         if not bases or not delays:
             raise ConfigError("task.bases and task.delays must each name at least one number")
         for name, items in (("task.bases", bases), ("task.delays", delays)):

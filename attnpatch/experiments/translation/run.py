@@ -61,7 +61,7 @@ def run(config: MarianTrainingConfig) -> dict[str, Any]:
     run.say(f"data: {len(train):,} training pairs, {len(dev) if dev else 0:,} dev pairs, " + _count(texts["test"]))
 
     pretrained = checkpoint_identity(config)
-    known_as = identity(config, FREE_SETTINGS, [file["sha256"] for file in train.files])
+    known_as = identity(config, FREE_SETTINGS, [file["sha256"] for file in train.files], pretrained)
     checkpoint = resume_point(config, run.out, known_as, run.state)
     with run.state.main_process_first():
         tokenizer = _tokenizer(config, train, run.out)

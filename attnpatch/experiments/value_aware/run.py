@@ -8,7 +8,7 @@ them, and exact attention as the floor. `run` is what scripts/eval_value_aware.p
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from attnpatch.training.distribution import check_alone, hold, releases_folders
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.files import read_json, sha256_file, sha256_lines
 from attnpatch.training.losses import perplexity, token_loss
-from attnpatch.training.modeling import checkpoint_errors
+from attnpatch.training.modeling import checkpoint_errors, load_whole
 from attnpatch.training.results import count_parameters, write_results
 from attnpatch.training.run_folder import check_folder
 from attnpatch.training.runs import speaker
@@ -105,17 +105,19 @@ def run(config: ValueAwareConfig) -> dict[str, Any]:
     models = []
     for name in config.models:
         model, tokenizer = _load(config, name)
+        trained = _kernel(name, model)
         data = _blocks(config, model, tokenizer, text)
-        trained = _stages(model)[0]
+        about = _about(config, name, model, tokenizer)
         for kernel in dict.fromkeys(trained if kernel == "own" else kernel for kernel in config.kernels):
-            kept = _kept(config, name, kernel, text)
+            kept = _kept(config, kernel, model, about, text)
             if kept is not None and kept.is_file():
-                record = dict(read_json(kept)) | {"path": name}
+                record = dict(read_json(kept))
             else:
                 record = _evaluate(config, name, kernel, model, data)
                 if kept is not None:
                     kept.parent.mkdir(parents=True, exist_ok=True)
                     write_json(kept, record)
+            record = about | record
             models.append(record)
             say(
                 f"{name}, {record['kernel']} ({record['objective']}): exact perplexity "
@@ -152,7 +154,7 @@ def _load(config: ValueAwareConfig, name: str) -> tuple[Any, Any]:
                 f"{' and '.join(FAMILIES)}"
             )
         auto = AutoModelForCausalLM if model_config.is_decoder else AutoModelForMaskedLM
-        model = auto.from_pretrained(name, dtype=torch.float32).eval()
+        model = load_whole(auto, name, dtype=torch.float32).eval()
     if config.device == "auto" and torch.cuda.is_available():
         model = model.cuda()
     return model, load_fast_tokenizer(name)
@@ -162,18 +164,20 @@ def _blocks(config: ValueAwareConfig, model: Any, tokenizer: Any, text: LineText
     size = config.data.block_size
     check_block_size(size, model)
     # Whole blocks alone: no query is padding then.
-    blocks = make_blocks(text, tokenizer, size, keep_last=False)
+    masking = None if model.config.is_decoder else config.masking
+    words = masking is not None and masking.whole_words
+    blocks = make_blocks(text, tokenizer, size, keep_last=False, words=words)
     if len(blocks) < config.blocks:
         raise TrainingError(f"blocks={config.blocks}: the text has only {len(blocks)} whole blocks of {size} tokens")
     blocks.ids, blocks.lines = blocks.ids[: config.blocks], blocks.lines[: config.blocks]
-    return FixedBlocks(blocks, tokenizer, None if model.config.is_decoder else config.masking)
+    if blocks.word_starts is not None:
+        blocks.word_starts = blocks.word_starts[: config.blocks]
+    return FixedBlocks(blocks, tokenizer, masking)
 
 
 def _evaluate(config: ValueAwareConfig, name: str, kernel: str, model: Any, data: FixedBlocks) -> dict[str, Any]:
     started = time.perf_counter()
-    trained, taken = _stages(model)
-    if taken:
-        raise TrainingError(f"{name} is sparse already ({taken}): evaluate a model that attends to all keys")
+    trained = _kernel(name, model)
     chosen = trained if kernel == "own" else kernel
     if chosen != trained and trained != "softmax":
         raise TrainingError(
@@ -203,14 +207,7 @@ def _evaluate(config: ValueAwareConfig, name: str, kernel: str, model: Any, data
                     "output_error_by_layer": by_layer,
                 }
             )
-    # Of the run that left the model: its folder is RUN/model.
-    beside = Path(name).parent / "results.json"
-    ours = Path(name).name == "model" and beside.is_file()
-    weights = Path(name) / "model.safetensors"
     return {
-        "path": name,
-        "sha256": sha256_file(weights) if weights.is_file() else None,
-        "seed": read_json(beside).get("seed") if ours else None,
         "kernel": chosen,
         "kernel_trained": trained,
         "objective": "causal" if model.config.is_decoder else "masked",
@@ -223,10 +220,37 @@ def _evaluate(config: ValueAwareConfig, name: str, kernel: str, model: Any, data
     }
 
 
-def _stages(model: Any) -> tuple[str, str | None]:
-    """The kernel of a model, and its select variant if it has one."""
-    found = {stage: name for stages in attnpatch.patched_modules(model).values() for stage, name in stages.items()}
-    return found.get("score", "softmax"), found.get("select")
+def _kernel(name: str, model: Any) -> str:
+    """The kernel that all layers of a model have. Raises TrainingError for a model that this study is not about."""
+    patched = attnpatch.patched_modules(model)
+    stages = [patched.get(site.path, {}) for site in find_sites(model)]
+    taken = sorted({found[stage] for found in stages for stage in ("select", "aggregate") if stage in found})
+    if "select" in {stage for found in stages for stage in found}:
+        raise TrainingError(f"{name} is sparse already ({taken[0]}): evaluate a model that attends to all keys")
+    if taken:
+        raise TrainingError(
+            f"{name} has the variant {taken[0]}, whose output is no weighted sum of the values alone: evaluate a model "
+            "that aggregates as stock attention does"
+        )
+    kernels = sorted({found.get("score", "softmax") for found in stages})
+    if len(kernels) > 1:
+        raise TrainingError(f"{name} has layers with different kernels ({', '.join(kernels)}): evaluate one with one")
+    return kernels[0]
+
+
+def _about(config: ValueAwareConfig, name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What is evaluated, as it stands in the results."""
+    # Of the run that left the model: its folder is RUN/model.
+    beside = Path(name).parent / "results.json"
+    ours = Path(name).name == "model" and beside.is_file()
+    weights = Path(name) / "model.safetensors"
+    return {
+        "path": name,
+        "sha256": sha256_file(weights) if weights.is_file() else None,
+        "seed": read_json(beside).get("seed") if ours else None,
+        "spec": getattr(model.config, "attnpatch", None) or "stock",
+        "tokenizer_sha256": sha256_lines([tokenizer.backend_tokenizer.to_str()]),
+    }
 
 
 def _exact(
@@ -248,14 +272,14 @@ def _pipelines(model: Any) -> list[AttentionPipeline]:
     return [pipeline for pipeline in map(pipeline_of, model.modules()) if pipeline is not None]
 
 
-def _kept(config: ValueAwareConfig, name: str, kernel: str, text: LineText) -> Path | None:
+def _kept(config: ValueAwareConfig, kernel: str, model: Any, about: Mapping[str, Any], text: LineText) -> Path | None:
     """The file of one model's record, named by all that it depends on; None for weights that are not in one file."""
-    weights = Path(name) / "model.safetensors"
-    if not weights.is_file():
+    if about["sha256"] is None:
         return None
     settings = {key: value for key, value in config.as_dict().items() if key not in _FREE}
     sums = [file["text_sha256"] for file in text.files]
-    depends = [sha256_file(weights), kernel, settings, config.data.block_size, sums, versions()]
+    own = {key: value for key, value in about.items() if key not in ("path", "seed")}
+    depends = [own, model.config.to_json_string(), kernel, settings, config.data.block_size, sums, versions()]
     return Path(config.output.dir) / "models" / f"{sha256_lines([repr(depends)])[:16]}.json"
 
 
