@@ -509,3 +509,27 @@ def test_examples_in_two_files_are_named() -> None:
     files = [{"path": "a/x.tsv"}, {"path": "b/y.tsv"}]
     examples = Examples("dev", texts=[("a",)] * 3, labels=[0, 1, 0], places=[(1, 4), (0, 9), (1, 2)], files=files)
     assert examples.where([0, 1, 2]) == "a/x.tsv line 9; b/y.tsv lines 2, 4"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "spec"), [("sst2", "spec=stock"), ("stsb", "spec={alignment: {method: ct, weight: 1.0}}")]
+)
+def test_two_processes_equal_one_with_twice_the_batch(glue: Path, tmp_path: Path, task: str, spec: str) -> None:
+    """20 examples: the last update of an epoch has fewer for each. Losses, scores, the MMD and the predictions."""
+    more = (f"task.name={task}", spec, "model.dropout=0", "model.attention_dropout=0")
+    one = train(glue, tmp_path / "one", *more, "training.batch_size=8")
+    words = [*TINY, f"data.dir={glue}", f"output.dir={tmp_path / 'two'}", *more, "training.batch_size=4"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    done = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["tokens"]["read"] == two["tokens"]["read"]
+    for before, after in zip(one["train"], two["train"], strict=True):
+        assert before["loss"] == pytest.approx(after["loss"], rel=1e-4)
+    for name, found in one["scores"].items():
+        assert found == pytest.approx(two["scores"][name], rel=1e-3, abs=1e-4)
+    assert one["mmd"]["after"]["mean"] == pytest.approx(two["mmd"]["after"]["mean"], rel=1e-3)
+    tables = [(tmp_path / name / "dev.predictions.tsv").read_text().splitlines() for name in ("one", "two")]
+    assert [row.split("\t")[:3] for row in tables[0]] == [row.split("\t")[:3] for row in tables[1]]
