@@ -472,6 +472,17 @@ def test_other_weights_in_the_same_place_are_another_run(data: Path, tmp_path: P
         train(data, tmp_path / "b", *start)
 
 
+def test_no_epochs_score_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    trained = train(data, tmp_path / "a", "training.max_steps=2", "training.evaluate_every=never")
+    start = f"model.pretrained={tmp_path / 'a' / 'model'}"
+    best = ("training.final=best", "training.evaluate_every=epoch", "training.save_every=epoch")
+    for name, more in (("b", ()), ("c", best)):
+        still = (start, "training.max_steps=null", "training.epochs=0")
+        scored = train(data, tmp_path / name, *still, *more)
+        assert scored["scores"]["test.txt"] == trained["scores"]["test.txt"]
+        assert scored["steps"] == 0
+
+
 @pytest.mark.slow
 def test_two_processes_equal_two_accumulated_batches(data: Path, tmp_path: Path) -> None:
     """The same batches with the same masks, once side by side in two processes and once one after the other."""
