@@ -23,7 +23,7 @@ from attnpatch.demo.grammar import (
 from attnpatch.demo.grammar import entries as e
 from attnpatch.demo.grammar import nouns as n
 from attnpatch.demo.grammar import verbs as v
-from attnpatch.demo.grammar.sample import Sampler, combinations
+from attnpatch.demo.grammar.sample import Sampler
 from attnpatch.demo.grammar.splits import SPLITS, combination_split, table
 from attnpatch.errors import AttnpatchError
 
@@ -430,6 +430,53 @@ def test_reproducible_and_prefix() -> None:
     assert first == generate(300, seed=5, split="dev")
     assert first[:50] == generate(50, seed=5, split="dev")
     assert first != generate(300, seed=6, split="dev")
+
+
+def combinations(sentence: e.Sentence) -> set[tuple[str, str]]:
+    """The (verb or adjective, noun) combinations by which `sentence` belongs to its split.
+
+    The pronoun of a thing stands for its antecedent, which the main clause names.
+    """
+    found: set[tuple[str, str]] = set()
+    antecedent = sentence.main.direct
+    for clause in (sentence.main, sentence.second):
+        if clause is not None:
+            collect(clause, antecedent, found)
+    return found
+
+
+def collect(clause: e.Clause, antecedent: e.Nominal | None, found: set[tuple[str, str]]) -> None:
+    verb = clause.verb
+    subject: e.Nominal = clause.subject
+    thing = isinstance(subject, e.Pronoun) and subject in n.THING_PRONOUNS.values()
+    predicate = clause.predicate
+    if thing and antecedent is not None and predicate is not None and "human" not in predicate.tags:
+        subject = antecedent
+    phrases = (subject, clause.direct, clause.indirect, clause.oblique, clause.direction, clause.place)
+    for phrase in phrases:
+        if isinstance(phrase, e.NounPhrase) and phrase.adjective is not None:
+            found.add((phrase.adjective.lemma, phrase.noun.lemma))
+    key: e.Nominal | e.Place | None
+    if clause.predicate is not None:
+        found.add((clause.predicate.lemma, lemma(subject)))
+    elif clause.profession is not None:
+        found.add((clause.profession.lemma, lemma(subject)))
+    else:
+        if verb.frame in ("i", "c"):
+            key = subject
+        elif verb.frame in ("t", "dt"):
+            key = clause.direct
+        else:
+            key = clause.indirect or clause.oblique or clause.direction or clause.place
+        if key is not None:
+            found.add((verb.lemma, lemma(key)))
+    for relative in (clause.subject_relative, clause.direct_relative):
+        if relative is not None:
+            collect(relative.clause, None, found)
+
+
+def lemma(value: e.Nominal | e.Place) -> str:
+    return value.noun.lemma if isinstance(value, e.NounPhrase) else value.lemma
 
 
 @pytest.mark.parametrize("split", SPLITS)
