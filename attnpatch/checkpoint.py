@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch import checkpoint_files as files
+from attnpatch import checkpoint_files
 from attnpatch.atomic import write_json, writing_aside
 from attnpatch.checkpoint_files import Entry, Weights
 from attnpatch.environment import LIBRARIES, versions
@@ -215,10 +215,10 @@ def convert(
     if (parsed.init == "calibrate") != (calibration_text is not None):
         raise SpecError("init='calibrate' and a calibration text belong together: give both or neither")
     target = Path(dst).expanduser()
-    files.check_target(target, force)
+    checkpoint_files.check_target(target, force)
     tell("open", 0.0)
     checkpoint = open_checkpoint(src, revision)
-    files.check_target(target, force, [checkpoint.folder])
+    checkpoint_files.check_target(target, force, [checkpoint.folder])
     if calibration_text is not None:
         from attnpatch.calibration_text import read_lines
 
@@ -248,7 +248,7 @@ def convert(
     entries, stock = _converted_entries(checkpoint.weights, model, report)
     manifest = _manifest(checkpoint, report, moved, seed, revision)
     manifest["stock"] = {**(checkpoint.manifest or {}).get("stock", {}), **stock}
-    dtype = str(files.DTYPES[checkpoint.weights.dtype()]).removeprefix("torch.")
+    dtype = str(checkpoint_files.DTYPES[checkpoint.weights.dtype()]).removeprefix("torch.")
     model_class = type(model).__name__
     config = {**checkpoint.config, "attnpatch": record, "attn_implementation": IMPLEMENTATION}
     card = model_card(
@@ -304,7 +304,7 @@ def inspect(path: str | Path, *, revision: str | None = None, checksums: bool = 
         model_type=str(checkpoint.config["model_type"]),
         architectures=tuple(checkpoint.config.get("architectures") or ()),
         family=checkpoint.family.name,
-        dtype=str(files.DTYPES[checkpoint.weights.dtype()]).removeprefix("torch."),
+        dtype=str(checkpoint_files.DTYPES[checkpoint.weights.dtype()]).removeprefix("torch."),
         spec=str(checkpoint.spec),
         init=checkpoint.spec.init if record else None,
         exact=manifest.get("exact"),
@@ -348,7 +348,7 @@ def revert(
     """
     tell = progress or _silent
     target = Path(dst).expanduser()
-    files.check_target(target, force)
+    checkpoint_files.check_target(target, force)
     checkpoint = open_checkpoint(src, revision)
     if checkpoint.record is None:
         raise CheckpointError(f"{checkpoint.folder} is a stock checkpoint: there is nothing to revert")
@@ -357,15 +357,15 @@ def revert(
             f"source_revision ({source_revision!r}) needs the checkpoint that it is a revision of: source"
         )
     origin = open_checkpoint(source, source_revision) if source is not None else None
-    files.check_target(target, force, [checkpoint.folder, *([origin.folder] if origin else [])])
+    checkpoint_files.check_target(target, force, [checkpoint.folder, *([origin.folder] if origin else [])])
     if origin is not None and origin.record is not None:
         raise CheckpointError(f"{origin.name} is patched itself: give the stock checkpoint as the source")
     tell("open", 0.0)
     entries, removed, recovered, fetched = _reverted_entries(checkpoint, origin)
     config = {k: v for k, v in checkpoint.config.items() if k not in ("attnpatch", "attn_implementation")}
     card = None
-    if origin is not None and (origin.folder / files.CARD).is_file():
-        card = (origin.folder / files.CARD).read_text(encoding="utf-8")
+    if origin is not None and (origin.folder / checkpoint_files.CARD).is_file():
+        card = (origin.folder / checkpoint_files.CARD).read_text(encoding="utf-8")
     written = _write(target, checkpoint, entries, config, None, card, tell)
     notes = []
     if fetched and origin is not None:
@@ -400,24 +400,24 @@ def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint
             a newer format.
     """
     folder, name = _locate(path, revision)
-    if not (folder / files.CONFIG).is_file():
+    if not (folder / checkpoint_files.CONFIG).is_file():
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(f"{folder} holds a PEFT adapter and no model: merge it into its base model first")
         raise CheckpointError(f"{folder} has no config.json: not a transformers checkpoint")
-    config = files.read_json(folder / files.CONFIG)
+    config = checkpoint_files.read_json(folder / checkpoint_files.CONFIG)
     model_type = config.get("model_type")
     if not model_type:
-        raise CheckpointError(f"{folder / files.CONFIG} names no model_type: not a transformers checkpoint")
+        raise CheckpointError(f"{folder / checkpoint_files.CONFIG} names no model_type: not a transformers checkpoint")
     family = family_for_model_type(str(model_type))
     if config.get("quantization_config"):
         raise UnsupportedModelError(f"{name} is quantised: patch the original checkpoint, then quantise")
     record = config.get("attnpatch") or None
     if record is not None:
         if not isinstance(record, Mapping):
-            raise CheckpointError(f"{folder / files.CONFIG} is damaged: its attnpatch entry is no mapping")
+            raise CheckpointError(f"{folder / checkpoint_files.CONFIG} is damaged: its attnpatch entry is no mapping")
         AttentionSpec.from_dict(record)
-    weights = files.open_weights(folder)
-    return Checkpoint(folder, name, config, weights, family, record, files.read_manifest(folder))
+    weights = checkpoint_files.open_weights(folder)
+    return Checkpoint(folder, name, config, weights, family, record, checkpoint_files.read_manifest(folder))
 
 
 def _locate(path: str | Path, revision: str | None) -> tuple[Path, str]:
@@ -429,10 +429,10 @@ def _locate(path: str | Path, revision: str | None) -> tuple[Path, str]:
             raise CheckpointError(
                 f"a revision ({revision!r}) belongs to a name on the hub, and {text} is a folder here"
             )
-        return folder, files.source_name(folder)
+        return folder, checkpoint_files.source_name(folder)
     if folder.exists():
         raise CheckpointError(f"{text} is a file; give the folder of the checkpoint")
-    if files.looks_local(path) or not text.strip():
+    if checkpoint_files.looks_local(path) or not text.strip():
         raise CheckpointError(f"checkpoint {text!r} does not exist")
     return _download(text, revision), text
 
@@ -489,7 +489,7 @@ def load_config(checkpoint: Checkpoint, stock: bool = False) -> Any:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"{checkpoint.folder / files.CONFIG} cannot be used: {one_line(error, 240)}"
+                f"{checkpoint.folder / checkpoint_files.CONFIG} cannot be used: {one_line(error, 240)}"
             ) from error
     if stock and getattr(config, "attnpatch", None):
         del config.attnpatch
@@ -513,7 +513,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> tupl
         CheckpointError: weights are missing or do not fit.
     """
     cls = model_class(checkpoint.config)
-    own = files.DTYPES[checkpoint.weights.dtype()]
+    own = checkpoint_files.DTYPES[checkpoint.weights.dtype()]
     if own not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise UnsupportedModelError(f"{checkpoint.name} has {own} weights: patch the original checkpoint")
     with quiet_transformers():
@@ -628,7 +628,7 @@ def _converted_entries(weights: Weights, model: Any, report: PatchReport) -> tup
         for key, value in state.items():
             if key.startswith(at + "."):
                 name = path + key.removeprefix(at)
-                entries[name] = files.entry_of(name, value, shard)
+                entries[name] = checkpoint_files.entry_of(name, value, shard)
     return list(entries.values()), stock
 
 
@@ -677,13 +677,13 @@ def _write(
         tell("write", done / max(total, 1))
 
     with writing_aside(target, needed=total) as aside:
-        files.copy_small_files(checkpoint.folder, aside)
-        sums = files.write_weights(aside, entries, weights.shards, weights.metadata, weights.sharded, count)
-        write_json(aside / files.CONFIG, config)
+        checkpoint_files.copy_small_files(checkpoint.folder, aside)
+        sums = checkpoint_files.write_weights(aside, entries, weights.shards, weights.metadata, weights.sharded, count)
+        write_json(aside / checkpoint_files.CONFIG, config)
         if card is not None:
-            (aside / files.CARD).write_text(card, encoding="utf-8")
+            (aside / checkpoint_files.CARD).write_text(card, encoding="utf-8")
         if manifest is not None:
-            write_json(aside / files.MANIFEST, {**manifest, "files": sums})
+            write_json(aside / checkpoint_files.MANIFEST, {**manifest, "files": sums})
         return {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
 
 
@@ -714,7 +714,9 @@ def _describe_files(checkpoint: Checkpoint, checksums: bool) -> dict[str, dict[s
             state = "not checked"
             if checksums:
                 only = replace(checkpoint.weights, shards=(shard,))
-                state = "changed" if files.changed_tensors(only, {"files": {shard: recorded[shard]}}) else "ok"
+                state = (
+                    "changed" if checkpoint_files.changed_tensors(only, {"files": {shard: recorded[shard]}}) else "ok"
+                )
         described[shard] = {"bytes": sum(e.nbytes for e in held), "tensors": len(held), "checksum": state}
     return described
 
@@ -761,7 +763,7 @@ def _reverted_entries(
                 raise CheckpointError(_gone(checkpoint, variant.name, path))
             removed += [key for key in held if key not in tensors]
             for name, tensor in tensors.items():
-                entries[name] = files.entry_of(name, tensor, shard)
+                entries[name] = checkpoint_files.entry_of(name, tensor, shard)
     return list(entries.values()), removed, recovered, fetched
 
 
@@ -806,7 +808,7 @@ def _recover(
 
 
 def _matches(tensor: torch.Tensor, record: Mapping[str, Any]) -> bool:
-    entry = files.entry_of("", tensor, "")
+    entry = checkpoint_files.entry_of("", tensor, "")
     return entry.dtype == record["dtype"] and list(entry.shape) == record["shape"] and entry.crc32() == record["crc32"]
 
 

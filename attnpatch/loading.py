@@ -116,16 +116,16 @@ def _check_stock_keys(model: Any, info: dict[str, Any]) -> None:
     # Cross-attention may be new: an encoder's checkpoint that starts a decoder has none.
     paths = [site.path + "." for site in find_sites(model) if site.kind != "cross"]
     starts = _with_base(model, paths)
-    missing = _missing(info)
+    missing = missing_keys(info)
     bad = sorted(key for key in (*missing, *info.get("unexpected_keys", ())) if key.startswith(starts))
     if bad:
         raise CheckpointError(
             f"the checkpoint has no config.json with a spec, and its attention weights are not the stock ones "
-            f"({_some(bad)}): they would be random or lost"
+            f"({some(bad)}): they would be random or lost"
         )
 
 
-def _missing(info: dict[str, Any]) -> list[str]:
+def missing_keys(info: dict[str, Any]) -> list[str]:
     """Keys whose parameters did not come from the checkpoint: absent ones, and those of another shape."""
     mismatched = [key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ())]
     return [*info.get("missing_keys", ()), *mismatched]
@@ -150,21 +150,22 @@ def _check_keys(model: Any, info: dict[str, Any]) -> None:
         layers += re.findall(r"^.*?\.\d+\.", site.path)
         prefixes += [site.family.projection_path(site.path, role) + "." for role in site.family.projections]
     # What is missing may be anything in a patched model's layers; heads and poolers may be new.
-    missing = sorted(key for key in _missing(info) if key.startswith(_with_base(model, prefixes + layers)))
+    missing = sorted(key for key in missing_keys(info) if key.startswith(_with_base(model, prefixes + layers)))
     unexpected = sorted(key for key in info.get("unexpected_keys", ()) if key.startswith(_with_base(model, prefixes)))
     if not missing and not unexpected:
         return
     parts = []
     if missing:
-        parts.append(f"lacks {len(missing)} weights of its layers ({_some(missing)})")
+        parts.append(f"lacks {len(missing)} weights of its layers ({some(missing)})")
     if unexpected:
-        parts.append(f"holds {len(unexpected)} attention weights that the spec has no place for ({_some(unexpected)})")
+        parts.append(f"holds {len(unexpected)} attention weights that the spec has no place for ({some(unexpected)})")
     raise CheckpointError(
         f"the checkpoint {' and '.join(parts)}; they would be random or lost. It may have been patched with another "
         "spec, or its weights overwritten: convert it again"
     )
 
 
-def _some(keys: list[str], count: int = 3) -> str:
+def some(keys: list[str], count: int = 3) -> str:
+    """The first keys, in words."""
     shown = ", ".join(keys[:count])
     return f"{shown}, ..." if len(keys) > count else shown

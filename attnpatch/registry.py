@@ -90,11 +90,11 @@ def import_plugin(name: str) -> None:
     Raises:
         SpecError: it cannot be imported.
     """
-    if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
-        module = Path(name).stem
+    if name.endswith(".py") or "/" in name or os.sep in name:
+        module = ".".join(Path(name).with_suffix("").parts)
         raise SpecError(
-            f"plugin {name!r} is no name of a module, which has neither folder nor .py: --plugin {module} imports "
-            f"{module}.py from the working directory"
+            f"plugin {name!r} is a file, and a module is wanted, without folder and .py: --plugin {module}, from the "
+            "folder in which its file or package lies"
         )
     here = os.getcwd()
     sys.path.insert(0, here)

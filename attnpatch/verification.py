@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnpatch import checkpoint_files as files
+from attnpatch import checkpoint_files
 from attnpatch.auxiliary import auxiliary_loss
 from attnpatch.checkpoint import Checkpoint, load_model, open_checkpoint, quiet_transformers
 from attnpatch.errors import AttnpatchError, CheckpointError, SpecError, unknown
@@ -157,7 +157,7 @@ def _checksums(checkpoint: Checkpoint) -> Check:
     if not (checkpoint.manifest or {}).get("files"):
         reason = "no attnpatch_manifest.json: the weights were not written by convert"
         return Check("checksums of the weights", SKIPPED, detail=reason)
-    changed = files.changed_tensors(checkpoint.weights, checkpoint.manifest or {})
+    changed = checkpoint_files.changed_tensors(checkpoint.weights, checkpoint.manifest or {})
     if changed:
         detail = f"changed since they were written: {', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
         return Check("checksums of the weights", FAILED, float(len(changed)), 0.0, detail)

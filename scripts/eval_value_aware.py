@@ -4,6 +4,8 @@
     python scripts/eval_value_aware.py configs/value-aware-cpu.yaml models=[RUN/model,...] data.dir=PATH/wikitext [...]
 
 Loss, perplexity and output error against r, exact attention as the floor: results.json and a figure in output.dir.
+A model that was evaluated with the same settings is not evaluated again.
+
 `--smoke` does all of it in less than a minute, with two blocks and two r, to see that it works. `--show-config`
 prints all settings and stops, `--debug` shows tracebacks, `--plugin MODULE` imports a module that registers
 variants or families.

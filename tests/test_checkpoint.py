@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, GPT2Config
 
 import attnpatch
-from attnpatch import atomic
-from attnpatch import checkpoint_files as files
+from attnpatch import atomic, checkpoint_files
 from attnpatch.checkpoint import load_model, open_checkpoint
 from attnpatch.errors import AttnpatchError, CheckpointError, PatchError, SpecError, UnsupportedModelError
 from attnpatch.probes import drift, length_for, make_probe, outputs_of
@@ -815,13 +814,13 @@ def test_full_disk(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """A real ENOSPC, from the kernel: the weights go to /dev/full."""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    write = files.write_weights
+    write = checkpoint_files.write_weights
 
     def to_full(folder: Path, *args: Any) -> dict[str, Any]:
         (folder / "model.safetensors").symlink_to("/dev/full")
         return write(folder, *args)
 
-    monkeypatch.setattr(files, "write_weights", to_full)
+    monkeypatch.setattr(checkpoint_files, "write_weights", to_full)
     with pytest.raises(CheckpointError, match="no space left while writing"):
         attnpatch.convert(stock, tmp_path / "new", "neural")
     assert {p.name for p in tmp_path.iterdir()} == {"stock"}

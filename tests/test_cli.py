@@ -16,7 +16,7 @@ from checkpoints import save
 from transformers import GPT2Config
 
 import attnpatch
-from attnpatch import checkpoint_files as files
+from attnpatch import checkpoint_files
 from attnpatch.cli import main
 from attnpatch.errors import SpecError
 from attnpatch.functional import expressive_attention
@@ -255,14 +255,14 @@ def test_signals(
     run: Any, stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, word: str
 ) -> None:
     before = (stock / "model.safetensors").read_bytes()
-    write = files.write_weights
+    write = checkpoint_files.write_weights
 
     def interrupted(folder: Path, *args: Any) -> dict[str, Any]:
         write(folder, *args)
         signal.raise_signal(number)
         return {}
 
-    monkeypatch.setattr(files, "write_weights", interrupted)
+    monkeypatch.setattr(checkpoint_files, "write_weights", interrupted)
     handler = signal.getsignal(signal.SIGTERM)
     # A process that a shell starts in the background ignores SIGINT, and so would this test.
     keyboard = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -321,11 +321,15 @@ def test_plugins(run: Any, stock: Path, tmp_path: Path, monkeypatch: pytest.Monk
     result = run("--plugin", "my_plugn", "variants")
     assert result.code == 2
     assert "plugin 'my_plugn' cannot be imported" in result.err
-    for path in ("./my_plugin.py", "my_plugin.py", "plugins/my_plugin"):
+    (tmp_path / "my-plugin.py").write_text(PLUGIN.replace("mine", "other"))
+    assert run("--plugin", "my-plugin", "variants").code == 0
+    for path, module in (("./my_plugin.py", "my_plugin"), ("my_plugin.py", "my_plugin"), ("a/b.py", "a.b")):
         result = run("--plugin", path, "variants")
         assert result.code == 2
-        assert f"plugin {path!r} is no name of a module" in result.err
-        assert "--plugin my_plugin imports my_plugin.py" in result.err
+        assert (
+            f"plugin {path!r} is a file, and a module is wanted, without folder and .py: --plugin {module},"
+            in result.err
+        )
     sys.modules.pop("my_plugin", None)
 
 

@@ -194,7 +194,7 @@ def test_distance() -> None:
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["further.update=1"], "did you mean 'updates'"),
+        (["further.update=1"], "did you mean 'further.updates'"),
         (["corpus.test=0"], "corpus.test=0"),
         (["nothing.yaml"], "no config file nothing.yaml"),
         (["--fast"], "unknown option --fast"),

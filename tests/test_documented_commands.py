@@ -64,8 +64,14 @@ def test_a_config_is_some_scripts(config: Path) -> None:
 
 
 def test_a_wrong_key_is_told_before_torch_is_loaded() -> None:
-    modules = [entry_points(script)[0].partition(":")[0] for script in (*TRAINING, "demo")]
-    code = (
-        f"import sys, importlib as i\nfor name in {modules}: i.import_module(name)\nassert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    wheres = [entry_points(script) for script in (*TRAINING, "demo")]
+    code = f"""
+import sys
+from attnpatch.training.cli import main
+for config, run in {wheres}:
+    assert main(["seeed=2"], None, config, run) == 2
+assert not {{"torch", "transformers"}} & set(sys.modules), "loaded"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert done.stderr.count("error: unknown key") == len(wheres)

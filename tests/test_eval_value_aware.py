@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from run_script import run_script
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMaskedLM
 
 import attnpatch
 from attnpatch.experiments.language_models.blocks import FixedBlocks, make_blocks
@@ -160,22 +161,37 @@ def test_a_finished_model_is_not_evaluated_again(
     assert one["exact"] != other["exact"]
     document = write_report([tmp_path / "out"], tmp_path / "report")
     runs = document["experiments"]["value_aware masked"]["runs"]
-    assert [run["variant"] for run in runs] == ["expressive(scale=0.25)", "expressive(scale=4.0)"]
+    names = ["expressive(scale=0.25)", "expressive(scale=4.0)"]
+    assert [run["variant"] for run in runs] == names
+    table = document["tables"]["value_aware masked / details"]
+    assert all(f"{name}, masked: exact perplexity" in table for name in names)
 
 
 def test_whole_words(data: Path, tokenizer: Any, tmp_path: Path) -> None:
-    folder = saved(tmp_path / "m", tokenizer)
-    words, pieces = (
-        evaluate(data, tmp_path / "out", [folder], "r=[2]", f"masking.whole_words={value}")["models"][0]
-        for value in ("true", "false")
-    )
-    assert words["exact"] != pieces["exact"]
+    """The masks of the sweep are those of whole words: of a word all pieces are predicted, or none."""
+    from attnpatch.experiments.value_aware.run import _blocks
+
+    model = AutoModelForMaskedLM.from_pretrained(saved(tmp_path / "m", tokenizer))
+    words = ["models=[x]", f"data.block_size={LENGTH}", "blocks=7", "masking.whole_words=true"]
+    config = load_config(ValueAwareConfig, None, words)
+    text = load_text(TextConfig(dir=str(data)), "test")[0]
+    fixed = _blocks(config, model, tokenizer, text)
+    labels = fixed.batch(range(7))["labels"]
+    starts = make_blocks(text, tokenizer, LENGTH, keep_last=False, words=True).word_starts
+    several = 0
+    for row in range(7):
+        # The first token, <s>, belongs to no word; a word's start is marked.
+        groups: list[list[int]] = []
+        for place in range(1, LENGTH - 1):
+            groups = [*groups, [place]] if starts[row, place] or not groups else [*groups[:-1], [*groups[-1], place]]
+        for group in groups:
+            assert len({bool(labels[row, place] != -100) for place in group}) == 1
+            several += len(group) > 1 and bool(labels[row, group[0]] != -100)
+    assert several
 
 
 def test_numbers_against_a_plain_computation(data: Path, tokenizer: Any, tmp_path: Path) -> None:
     """The exact loss, the loss of a patched model, and the first layer's output error at top-r, each done by hand."""
-    from transformers import AutoModelForMaskedLM
-
     folder = saved(tmp_path / "m", tokenizer)
     r = random.randint(2, 5)
     record = evaluate(data, tmp_path / "out", [folder], f"r=[{r}]")["models"][0]
@@ -226,8 +242,8 @@ def test_other_kernels_for_a_softmax_model_and_the_report(data: Path, tokenizer:
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     for model in results["models"]:
         row = next(row for row in model["rows"] if row["method"] == "centered")
-        trained = "" if model["kernel"] == "softmax" else "trained with softmax, "
-        assert f"{model['kernel']}, {trained}masked: exact perplexity {model['exact']['perplexity']:.4g} over" in text
+        trained = "" if model["kernel"] == "softmax" else " in place of softmax"
+        assert f"{model['kernel']}{trained}, masked: exact perplexity {model['exact']['perplexity']:.4g} over" in text
         assert f"| perplexity | weight x distance | {row['perplexity']:.4g} |" in text
         assert f"| output error | weight x distance | {row['output_error']:.3f} |" in text
     assert (tmp_path / "report" / "value_aware-masked-sweep.svg").stat().st_size > 1000

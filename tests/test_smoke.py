@@ -163,6 +163,10 @@ def test_the_settings_can_be_shown(script: str, tmp_path: Path, capsys: pytest.C
     (tmp_path / "shown.yaml").write_text(shown, encoding="utf-8")
     loaded = load_config(config_class(script), tmp_path / "shown.yaml")
     assert loaded == load_config(config_class(script), None, words[:-1])
+    if script != "demo":  # which has no --smoke
+        assert run_script(script, [*words, "--smoke"]) == 0
+        (tmp_path / "small.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+        assert load_config(config_class(script), tmp_path / "small.yaml") != loaded
     assert not (tmp_path / "run").exists()
 
 

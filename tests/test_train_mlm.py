@@ -468,7 +468,7 @@ def test_other_weights_in_the_same_place_are_another_run(data: Path, tmp_path: P
     weights = tmp_path / "a" / "model" / "model.safetensors"
     assert results["pretrained"]["weights_sha256"] == [sha256_file(weights)]
     shutil.copy(tmp_path / "other" / "model" / "model.safetensors", weights)
-    with pytest.raises(TrainingError, match=r"other settings \(pretrained\.weights_sha256"):
+    with pytest.raises(TrainingError, match=r"other settings \(pretrained: "):
         train(data, tmp_path / "b", *start)
 
 
@@ -481,6 +481,50 @@ def test_no_epochs_score_a_checkpoint(data: Path, tmp_path: Path) -> None:
         scored = train(data, tmp_path / name, *still, *more)
         assert scored["scores"]["test.txt"] == trained["scores"]["test.txt"]
         assert scored["steps"] == 0
+
+
+def test_a_run_that_starts_afresh(data: Path, tmp_path: Path) -> None:
+    """What it clears is a run's, and never what it starts from."""
+    first = ("training.max_steps=3", "training.evaluate_every=never")
+    train(data, tmp_path / "a", *first)
+    afresh = ("training.resume=never", "output.overwrite=true")
+    with pytest.raises(ConfigError, match=r"model\.pretrained=.* lies in output\.dir=.*, which training\.resume=never"):
+        train(data, tmp_path / "a", *first, *afresh, f"model.pretrained={tmp_path / 'a' / 'model'}")
+    with pytest.raises(ConfigError, match=r"tokenizer\.path=.* lies in output\.dir"):
+        train(data, tmp_path / "a", *first, *afresh, f"tokenizer.path={tmp_path / 'a' / 'tokenizer'}")
+    assert (tmp_path / "a" / "model" / "model.safetensors").is_file()
+    with pytest.raises(RunPaused):
+        train(data, tmp_path / "a", *first, *afresh, "seed=5", "training.stop_after_minutes=0")
+    left = {path.name for path in (tmp_path / "a").iterdir()}
+    assert not left & {"model", "results.json"}
+    assert "checkpoint-1" in left
+    # A folder with a model that no run of ours left.
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "a" / "tokenizer", other / "model")
+    for more in ((), ("output.overwrite=true",)):
+        with pytest.raises(TrainingError, match=r"holds a run, but not its run\.json"):
+            train(data, other, *first, "training.resume=never", *more)
+    assert (other / "model" / "tokenizer.json").is_file()
+
+
+def test_a_damaged_checkpoint_is_told(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunPaused):
+        train(data, tmp_path, "training.stop_after_minutes=0")
+    file = tmp_path / "checkpoint-1" / "model.safetensors"
+    file.write_bytes(b"\xff" * 16 + file.read_bytes()[16:])  # of the right size
+    with pytest.raises(TrainingError, match=r"checkpoint-1/model\.safetensors is damaged .*: delete "):
+        train(data, tmp_path)
+
+
+def test_a_run_of_a_version_that_noted_no_weights_goes_on(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "a", "training.max_steps=2", "training.evaluate_every=never")
+    start = (f"model.pretrained={tmp_path / 'a' / 'model'}", "training.max_steps=3", "training.evaluate_every=never")
+    with pytest.raises(RunPaused):
+        train(data, tmp_path / "b", *start, "training.stop_after_minutes=0")
+    known = json.loads((tmp_path / "b" / "run.json").read_text())
+    assert known.pop("pretrained")
+    (tmp_path / "b" / "run.json").write_text(json.dumps(known))
+    assert train(data, tmp_path / "b", *start)["steps"] == 3
 
 
 @pytest.mark.slow

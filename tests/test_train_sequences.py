@@ -12,8 +12,10 @@ import torch
 from run_script import run_script
 
 from attnpatch.experiments.sequences.config import CellConfig, SequencesConfig
-from attnpatch.experiments.sequences.run import build_decoder, eval_sets, run
-from attnpatch.experiments.sequences.tasks import Cell, batch_of, ceiling, nt_sequences, scored_labels
+from attnpatch.experiments.sequences.grid import Cell
+from attnpatch.experiments.sequences.model import build_decoder
+from attnpatch.experiments.sequences.run import eval_sets, run
+from attnpatch.experiments.sequences.tasks import batch_of, ceiling, nt_sequences, scored_labels
 from attnpatch.training.batching import IGNORE
 from attnpatch.training.config import load_config
 from attnpatch.training.errors import ConfigError, RunPaused, TrainingError

@@ -79,6 +79,8 @@ def test_a_section_keeps_the_values_that_are_not_named() -> None:
     ("words", "expected"),
     [
         (["learning_rate=1"], "unknown key 'learning_rate'; did you mean 'training.learning_rate'? Known: data, "),
+        (["packages=1"], "unknown key 'packages'"),
+        (["data.path=x"], "unknown key 'data.path'"),
         (["training.zzz=1"], "unknown key 'training.zzz'. Known in training: adam_beta1, "),
         (["training.learning_rte=1"], "did you mean 'training.learning_rate'? Known in training: "),
     ],
@@ -92,9 +94,14 @@ def test_an_unknown_key_is_looked_for_everywhere(words: list[str], expected: str
 def test_the_config_of_another_script(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"glue-cpu\.yaml: unknown key 'task'.*config of another script"):
         load_config(MarianTrainingConfig, CONFIGS / "glue-cpu.yaml")
-    with pytest.raises(ConfigError) as caught:  # here the file is right
-        load_config(MarianTrainingConfig, CONFIGS / "multi30k-cpu.yaml", ["task.name=sst2"])
-    assert str(caught.value).startswith("unknown key 'task'")
+    for word, key in (("task.name=sst2", "task"), ("training={epocs: 3}", "training.epocs")):
+        with pytest.raises(ConfigError) as caught:  # here the file is right
+            load_config(MarianTrainingConfig, CONFIGS / "multi30k-cpu.yaml", [word])
+        assert str(caught.value).startswith(f"unknown key {key!r}")
+    (tmp_path / "typo.yaml").write_text("training:\n  epocs: 3\n")
+    with pytest.raises(ConfigError, match=r"typo\.yaml: unknown key 'training\.epocs'; did you mean") as caught:
+        load_config(MarianTrainingConfig, tmp_path / "typo.yaml")
+    assert "another script" not in str(caught.value)
 
 
 def test_a_wrong_spec_is_told_with_the_config() -> None:
@@ -116,6 +123,11 @@ def test_bad_files(tmp_path: Path) -> None:
 def test_a_key_stands_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not valid YAML: .*'training' stands twice"):
         load(text="training:\n  epochs: 2\nseed: 3\ntraining:\n  max_tokens: 5\n", folder=tmp_path)
+
+    with pytest.raises(ConfigError, match="stands twice"):
+        load("training={epochs: 1, epochs: 9}")
+    text = "training:\n  <<: {epochs: 2, max_tokens: 7}\n  epochs: 3\n"  # which YAML allows
+    assert load(text=text, folder=tmp_path).training.epochs == 3
 
 
 def test_a_mapping_for_a_section_changes_what_it_names(tmp_path: Path) -> None:

@@ -74,6 +74,26 @@ def test_missing_files_name_what_is_needed(tmp_path: Path) -> None:
         load_split(config(tmp_path / "nowhere"), "train")
 
 
+def test_the_side_that_is_there_is_not_meant(tmp_path: Path) -> None:
+    put(tmp_path, train__de="a\n", trian__en="b\n")
+    with pytest.raises(DataError, match=r"missing \S*train\.en .*did you mean 'trian\.en'\?"):
+        load_split(config(tmp_path), "train")
+    (tmp_path / "trian.en").unlink()
+    with pytest.raises(DataError) as caught:
+        load_split(config(tmp_path), "train")
+    assert "did you mean" not in str(caught.value)
+
+
+def test_test_sets_have_names_of_their_own(tmp_path: Path) -> None:
+    """Their translations would be one file."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        put(tmp_path / folder, test__de="x\n", test__en="y\n", train__de="x\n", train__en="y\n")
+    with pytest.raises(DataError, match=r"data\.test has two entries called 'test'"):
+        load_split(config(tmp_path, test=["a/test", "b/test"]), "test")
+    assert len(load_split(config(tmp_path, train=["a/train", "b/train"]), "train")) == 2
+
+
 def test_tsv(tmp_path: Path) -> None:
     put(tmp_path, a__tsv='Hello\t"Hallo\nBye\tTschüss\n', b__tsv="id\ten\tde\n1\tHello\tHallo\n")
     (text,) = load_split(config(tmp_path, train=["a.tsv"], source_column=1, target_column=0), "train")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attnpatch.errors import AttnpatchError, one_line
+from attnpatch.experiments.value_aware import report as value_aware_report
 from attnpatch.spec import AttentionSpec
 from attnpatch.training.smoke import SUFFIX
 
@@ -269,10 +270,7 @@ def _value_aware_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
                 Metric(f"{row['method']} r={row['r']}", key): float(row[key]) for key in ("output_error", "loss")
             }
         _ = model["head_dim"], model["exact"]["perplexity"], [row["perplexity"] for row in model["rows"]]
-        kernel, trained = model["kernel"], model["kernel_trained"]
-        variant = _variant(model["spec"], {}) if "spec" in model else STOCK if trained == "softmax" else trained
-        if kernel != trained:
-            variant = f"{kernel} in place of softmax" + ("" if variant == STOCK else f" in {variant}")
+        variant = value_aware_report.variant(model)
         settings = {f"masking.{key}": value for key, value in config.get("masking", {}).items()}
         settings["swaps"] = config.get("swaps")
         signature = {"predicted_tokens": model["exact"]["predicted_tokens"]}
@@ -282,7 +280,7 @@ def _value_aware_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
             Run(
                 str(path),
                 f"value_aware {model['objective']}",
-                variant,
+                STOCK if variant == "softmax" else variant,
                 model.get("seed"),
                 model["parameters"]["trainable"],
                 scores,
@@ -310,23 +308,25 @@ def _classification_runs(path: Path, data: Mapping[str, Any]) -> list[Run]:
 
 def _conversions(path: Path, data: Mapping[str, Any]) -> list[Run]:
     """A pretrained checkpoint and what each conversion did to it; nothing is trained, so there is no seed."""
-    source = {"variant": "source", "parameters_added": 0, "drift_max": 0.0} | data["source"]
+    source = data["source"]
+    rows: list[tuple[str, Mapping[str, Any], float, int]] = [(STOCK, {"variant": "source", **source}, 0.0, 0)]
+    rows += [(row["variant"], row, row["drift_max"], row["parameters_added"]) for row in data["variants"]]
     runs = []
-    for row in (source, *data["variants"]):
-        scores = {Metric("last hidden states", "drift"): float(row["drift_max"])}
+    for variant, row, drift, added in rows:
+        scores = {Metric("last hidden states", "drift"): float(drift)}
         if "spearman" in row:
             scores[Metric("STS-B dev", "spearman")] = float(row["spearman"])
         runs.append(
             Run(
                 str(path),
                 data["experiment"],
-                STOCK if row is source else row["variant"],
+                variant,
                 None,
-                data["source"]["parameters"] + row["parameters_added"],
+                source["parameters"] + added,
                 scores,
                 data=_checksums(data["data"]),
                 environment=_environment(data),
-                details=[row if row is not source else {"variant": "source", **data["source"]}],
+                details=[row],
             )
         )
     return runs

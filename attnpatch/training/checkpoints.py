@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from attnpatch.atomic import write_json
+from attnpatch.errors import one_line
 from attnpatch.training.errors import TrainingError
 from attnpatch.training.files import read_json
 from attnpatch.training.sharding import is_sharded, load_state
@@ -39,6 +40,21 @@ def is_complete(folder: str | Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in files.items())
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
         return False
+
+
+def check_readable(folder: Path) -> None:
+    """Raises TrainingError when a file of weights in a checkpoint is damaged, though it has its size."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise TrainingError(
+                f"{file} is damaged ({one_line(error, 200)}): delete {folder}, and the same command goes on from the "
+                "checkpoint before it"
+            ) from error
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import sys
@@ -74,7 +75,8 @@ def main(
         if show:
             import yaml
 
-            print(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True), end="")
+            if os.environ.get("RANK", "0") == "0":
+                print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), end="")
             return 0
         require(kind.packages)
         try:

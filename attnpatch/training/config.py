@@ -65,21 +65,24 @@ def load_config(cls: type[T], path: str | Path | None, overrides: Sequence[str] 
         return _build(cls, tree, "", None)
     except _UnknownKey as error:
         given = [word.partition("=")[0].strip() for word in overrides]
-        if path is None or error.key.split(".")[0] not in own or error.key in given:
+        by_word = any(error.key == key or error.key.startswith(f"{key}.") for key in given)
+        if path is None or error.key.split(".")[0] not in own or by_word:
             raise ConfigError(str(error)) from None
-        raise ConfigError(f"{path}: {error}. Is it the config of another script?") from None
+        other = "" if "." in error.key else ". Is it the config of another script?"
+        raise ConfigError(f"{path}: {error}{other}") from None
 
 
 class _Loader(yaml.SafeLoader):
     """YAML in which a key stands once: of two, PyYAML would keep the second without a word."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)  # before merges (<<), which may well give a key again
         keys = [key.value for key, _ in node.value]
         for number, key in enumerate(keys):
             if key in keys[:number]:
                 problem = f"the key {key!r} stands twice in one mapping"
                 raise yaml.constructor.ConstructorError(None, None, problem, node.value[number][0].start_mark)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _override(cls: type, tree: dict[str, Any], word: str) -> None:
@@ -87,7 +90,7 @@ def _override(cls: type, tree: dict[str, Any], word: str) -> None:
     if not equals or not key.strip():
         raise ConfigError(f"{word!r} is not an override: write key=value, for example training.epochs=2")
     try:
-        value = yaml.safe_load(text) if text else ""
+        value = yaml.load(text, _Loader) if text else ""
     except yaml.YAMLError as error:
         raise ConfigError(f"the value in {word!r} is not valid YAML: {one_line(error)}") from error
     *sections, last = key.strip().split(".")
@@ -97,16 +100,19 @@ def _override(cls: type, tree: dict[str, Any], word: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"{key}: {section} is a value, not a section")
         node = child
-    if isinstance(value, dict) and isinstance(node.get(last), dict) and key.strip() in _sections(cls):
+    if isinstance(value, dict) and isinstance(node.get(last), dict) and (key.strip(), True) in _keys(cls):
         value = {**node[last], **value}  # what a mapping does not name stays
     node[last] = value
 
 
-def _sections(cls: type, prefix: str = "") -> Iterator[str]:
-    for name, hint in typing.get_type_hints(cls).items():
+def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """Every key of a config, with dots, and whether it is a section."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        yield f"{prefix}{field.name}", dataclasses.is_dataclass(hint)
         if dataclasses.is_dataclass(hint):
-            yield f"{prefix}{name}"
-            yield from _sections(typing.cast(type, hint), f"{prefix}{name}.")
+            yield from _keys(typing.cast(type, hint), f"{prefix}{field.name}.")
 
 
 class _UnknownKey(Exception):
@@ -118,23 +124,16 @@ class _UnknownKey(Exception):
 
 
 def _unknown_key(root: type, prefix: str, name: str, fields: Iterable[str]) -> _UnknownKey:
-    """Names the one key of that name in another section, or else the nearest beside it."""
+    """Names the nearest key beside it, or the one key of that name in a section."""
     key = prefix + name
     beside = nearest(name, fields)
-    elsewhere = [other for other in _keys(root) if other.rpartition(".")[2] == name]
-    guess = elsewhere[0] if len(elsewhere) == 1 else f"{prefix}{beside}" if beside else None
+    elsewhere = [other for other, section in _keys(root) if other.rpartition(".")[2] == name and not section]
+    guess = f"{prefix}{beside}" if beside else None
+    if len(elsewhere) == 1 and (not prefix or not beside):
+        guess = elsewhere[0]
     hint = f"; did you mean {guess!r}?" if guess else "."
     where = f"Known in {prefix[:-1]}" if prefix else "Known"
     return _UnknownKey(key, f"unknown key {key!r}{hint} {where}: {', '.join(sorted(fields))}")
-
-
-def _keys(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every key of a config, with dots."""
-    for name, hint in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _keys(typing.cast(type, hint), f"{prefix}{name}.")
-        elif name in cls.__dataclass_fields__:  # type: ignore[attr-defined]
-            yield f"{prefix}{name}"
 
 
 def _build(cls: type[T], tree: dict[str, Any], prefix: str, start: T | None, root: type | None = None) -> T:

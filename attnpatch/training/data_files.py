@@ -31,16 +31,17 @@ def read_lines(path: Path) -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
-def missing_file(folder: str, message: str, path: Path, about: str) -> str:
+def missing_file(folder: str, message: str, path: Path, about: str, present: Sequence[Path] = ()) -> str:
     """A sentence on a data file that is not there: what is missing, the nearest name, where to get it.
 
     Args:
         folder: data.dir. message: what is missing. path: the file. about: the page or command that provides the data.
+        present: files that belong to it and are there, so that none of them is meant.
     """
     if not Path(folder).is_dir():
         message = f"the data folder {folder!r} does not exist: {message}"
     elif path.parent.is_dir():
-        guess = nearest(path.name, [other.name for other in path.parent.iterdir()])
+        guess = nearest(path.name, [other.name for other in path.parent.iterdir() if other not in present])
         message += f"; did you mean {guess!r}?" if guess else ""
     message += "" if message.endswith("?") else "."
     message += " Set the folder with data.dir=PATH or the environment variable ATTNPATCH_DATA"

@@ -13,13 +13,12 @@ from safetensors import SafetensorError
 
 from attnpatch.checkpoint_files import looks_local
 from attnpatch.errors import CheckpointError, one_line, unknown
+from attnpatch.loading import missing_keys, some
 from attnpatch.registry import get_variant
 from attnpatch.spec import AttentionSpec
 from attnpatch.training.errors import ConfigError
 from attnpatch.training.files import sha256_file
 from attnpatch.training.pretrained import checkpoint_path
-
-_ABSENT = ("missing_keys", "mismatched_keys")
 
 
 def on_cpu(training: Any) -> bool:
@@ -132,16 +131,18 @@ def load_whole(auto: Any, path: str, may_be_new: Sequence[str] = (), **arguments
     Heads that the model does not have may be in the checkpoint. Raises CheckpointError.
     """
     model, info = auto.from_pretrained(path, output_loading_info=True, **arguments)
-    absent = [key if isinstance(key, str) else key[0] for name in _ABSENT for key in info.get(name, ())]
-    absent = sorted(key for key in absent if not key.startswith(tuple(may_be_new)))
+    absent = sorted(key for key in missing_keys(info) if not key.startswith(tuple(may_be_new)))
     layers = sorted(key for key in info.get("unexpected_keys", ()) if re.search(r"(^|\.)layers?\.\d+\.", key))
-    for keys, what in ((absent, "lacks weights of"), (layers, "has layers that are not in")):
-        if keys:
-            shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-            raise CheckpointError(
-                f"the checkpoint {path} {what} a {type(model).__name__} as its config.json describes it ({len(keys)}: "
-                f"{shown}); they would be {'random' if keys is absent else 'lost'}"
-            )
+    described = f"a {type(model).__name__} as its config.json describes it"
+    if absent:
+        raise CheckpointError(
+            f"the checkpoint {path} lacks weights of {described} ({len(absent)}: {some(absent)}); they would be random"
+        )
+    if layers:
+        raise CheckpointError(
+            f"the checkpoint {path} has layers that are not in {described} ({len(layers)}: {some(layers)}); they "
+            "would be lost"
+        )
     return model
 
 

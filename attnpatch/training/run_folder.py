@@ -40,8 +40,8 @@ def identity(
         else:
             tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
     tree["training_text"] = training_text
-    if pretrained is not None:
-        tree["pretrained"] = {key: value for key, value in pretrained.items() if key != "name"}
+    if pretrained is not None and "weights_sha256" in pretrained:  # a hub's revision is a setting already
+        tree["pretrained"] = pretrained["weights_sha256"]
     return tree
 
 
@@ -106,10 +106,15 @@ def may_go_on(config: Any, out: Path, known_as: dict[str, Any], holds: bool) -> 
                 f"{out} already holds a run: choose another output.dir, resume it (training.resume=auto), or set "
                 "output.overwrite=true"
             )
+        if known is None and holds:
+            raise TrainingError(f"{out} holds a run, but not its {RUN_FILE}: choose another output.dir")
+        _refuse_inside(config, out)
         return False
     if holds:
         if known is None:
             raise TrainingError(f"{out} holds a run, but not its {RUN_FILE}: choose another output.dir")
+        if "pretrained" not in known:  # of a version that did not note the weights
+            known_as = {key: value for key, value in known_as.items() if key != "pretrained"}
         found = differences(known, known_as)
         if found:
             raise TrainingError(
@@ -117,6 +122,17 @@ def may_go_on(config: Any, out: Path, known_as: dict[str, Any], holds: bool) -> 
                 "set training.resume=never output.overwrite=true to start afresh"
             )
     return True
+
+
+def _refuse_inside(config: Any, out: Path) -> None:
+    """Raises ConfigError when a run that clears its folder would start from something in it."""
+    for key in ("model.pretrained", "tokenizer.path"):
+        section, _, name = key.partition(".")
+        path = getattr(getattr(config, section, None), name, None)
+        if path and Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
+            raise ConfigError(
+                f"{key}={path} lies in output.dir={out}, which training.resume=never clears: choose another output.dir"
+            )
 
 
 def claim(out: Path, known_as: dict[str, Any]) -> None:
@@ -130,7 +146,7 @@ def clear(out: Path) -> None:
     """Deletes what an earlier run left behind."""
     for folder in [*checkpoints(out), *filter(Path.is_dir, [out / "model"])]:
         shutil.rmtree(folder)
-    for pattern in ("results.json", "*.hypotheses.*", "*.bleu.tsv.gz", "*.predictions.tsv", "reliability.*"):
+    for pattern in ("results.json", "*.hypotheses.*", "*.bleu.tsv.gz", "*.predictions.tsv", "reliability.[ps][nv]g"):
         for file in out.glob(pattern):
             file.unlink()
 

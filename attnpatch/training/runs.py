@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from attnpatch.atomic import write_json
 from attnpatch.auxiliary import has_loss_hooks
 from attnpatch.environment import available_cpus, cpu_has_bf16, machine, versions
 from attnpatch.errors import one_line, unknown
-from attnpatch.training.checkpoints import checkpoints, is_complete, load_weights, read_record, step_of
+from attnpatch.training.checkpoints import check_readable, checkpoints, is_complete, load_weights, read_record, step_of
 from attnpatch.training.distribution import check_before, check_launch, zero_stage
 from attnpatch.training.errors import ConfigError, RunPaused, TrainingError
 from attnpatch.training.modeling import hub_arguments, on_cpu
@@ -262,13 +261,8 @@ def train(trainer: Any, checkpoint: Path | None, say: Say) -> bool:
             return False
         trainer.progress.resumed_at.append(step)
         say(f"resuming from {checkpoint}")
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint))
-        except SafetensorError as error:
-            raise TrainingError(
-                f"{checkpoint} is damaged ({one_line(error, 200)}): delete it, and the same command goes on from the "
-                "one before"
-            ) from error
+        check_readable(checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint))
     done, planned = trainer.state.global_step, planned_steps(trainer)
     if done < planned:
         if trainer.is_world_process_zero():  # the launchers of several processes turn every exit code into 1

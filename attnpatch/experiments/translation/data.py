@@ -118,7 +118,7 @@ def _missing(config: DataConfig, name: str, path: Path) -> str:
         f"data entry {name!r} not found: missing {' and '.join(absent)} (also allowed: {name}.{config.source_lang}.xml "
         f"with {name}.{config.target_lang}.xml, a .tsv or .jsonl file, or a folder)"
     )
-    return missing_file(config.dir, message, Path(absent[0]), config.about)
+    return missing_file(config.dir, message, Path(absent[0]), config.about, wanted)
 
 
 def _read_side(path: Path) -> Side:

@@ -79,21 +79,19 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
         dev set also what `dev_scores` gives."""
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         lengths = [max(a, b) for a, b in zip(data["source_length"], data["target_length"], strict=True)]
-        with self.evaluating() as model:
-            with torch.no_grad():
-                for _, batch, counts in self._my_batches(data, lengths, self.eval_max_tokens):
-                    labels = batch.pop("labels")
-                    with self.accelerator.autocast():
-                        logits = model(**batch, use_cache=False)["logits"]
-                    if not counts:
-                        continue
-                    total[0] += token_loss(logits, labels, 0.0).double()
-                    total[1] += (labels != IGNORE).sum()
-            total = self.accelerator.reduce(total, "sum")
-            loss = float(total[0] / total[1])
-            found: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss)}
-            if self.dev_scores is not None and data is self.eval_dataset:
-                found |= self.dev_scores(self)
+        with self.evaluating() as model, torch.no_grad():
+            for _, batch, counts in self._my_batches(data, lengths, self.eval_max_tokens):
+                labels = batch.pop("labels")
+                with self.accelerator.autocast():
+                    logits = model(**batch, use_cache=False)["logits"]
+                if not counts:
+                    continue
+                total[0] += token_loss(logits, labels, 0.0).double()
+                total[1] += (labels != IGNORE).sum()
+        summed, count = self.accelerator.reduce(total, "sum").tolist()
+        found: dict[str, Any] = {"loss": summed / count, "perplexity": perplexity(summed / count)}
+        if self.dev_scores is not None and data is self.eval_dataset:
+            found |= self.dev_scores(self)
         return found
 
     def translate(self, data: Any, max_tokens: int, **generation: Any) -> list[list[int]]:

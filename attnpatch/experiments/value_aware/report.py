@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attnpatch import figures
+from attnpatch.spec import AttentionSpec
 
 LABELS = {"top_r": "top-r (OVO)", "norm": "weight x norm", "centered": "weight x distance", "oracle": "oracle (OVA)"}
 
@@ -44,13 +45,20 @@ def draw(models: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
 
 
 def title(model: Mapping[str, Any]) -> str:
-    """What was evaluated: the kernel, what it was trained with if not that, the objective, the seed."""
-    words = [model["kernel"], model["objective"]]
-    if model["kernel_trained"] != model["kernel"]:
-        words.insert(1, f"trained with {model['kernel_trained']}")
+    """What was evaluated: its attention, the objective, the seed."""
+    words = [variant(model), model["objective"]]
     if model.get("seed") is not None:
         words.append(f"seed {model['seed']}")
     return ", ".join(words)
+
+
+def variant(model: Mapping[str, Any]) -> str:
+    """Its attention in words: the spec that it was trained with, and the kernel, if that was exchanged."""
+    spec = model.get("spec", "stock" if model["kernel_trained"] == "softmax" else model["kernel_trained"])
+    trained = "softmax" if spec == "stock" else str(AttentionSpec.parse(spec))
+    if model["kernel"] == model["kernel_trained"]:
+        return trained
+    return f"{model['kernel']} in place of softmax" + ("" if trained == "softmax" else f" in {trained}")
 
 
 def tables(models: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -110,10 +110,10 @@ def run(config: ValueAwareConfig) -> dict[str, Any]:
         about = _about(config, name, model, tokenizer)
         for kernel in dict.fromkeys(trained if kernel == "own" else kernel for kernel in config.kernels):
             kept = _kept(config, kernel, model, about, text)
-            if kept is not None and kept.is_file():
+            if kept is not None and kept.is_file() and not config.is_smoke:
                 record = dict(read_json(kept))
             else:
-                record = _evaluate(config, name, kernel, model, data)
+                record = _evaluate(config, name, trained, kernel, model, data)
                 if kept is not None:
                     kept.parent.mkdir(parents=True, exist_ok=True)
                     write_json(kept, record)
@@ -175,13 +175,14 @@ def _blocks(config: ValueAwareConfig, model: Any, tokenizer: Any, text: LineText
     return FixedBlocks(blocks, tokenizer, masking)
 
 
-def _evaluate(config: ValueAwareConfig, name: str, kernel: str, model: Any, data: FixedBlocks) -> dict[str, Any]:
+def _evaluate(
+    config: ValueAwareConfig, name: str, trained: str, kernel: str, model: Any, data: FixedBlocks
+) -> dict[str, Any]:
+    """The record of a model under a kernel; `trained`: the one that it has."""
     started = time.perf_counter()
-    trained = _kernel(name, model)
-    chosen = trained if kernel == "own" else kernel
-    if chosen != trained and trained != "softmax":
+    if kernel != trained and trained != "softmax":
         raise TrainingError(
-            f"{name} was trained with {trained}, which cannot be exchanged for {chosen}: leave kernels=[own], or "
+            f"{name} was trained with {trained}, which cannot be exchanged for {kernel}: leave kernels=[own], or "
             "evaluate a model that was trained with softmax"
         )
     heads = {site.head_dim for site in find_sites(model)}
@@ -190,7 +191,7 @@ def _evaluate(config: ValueAwareConfig, name: str, kernel: str, model: Any, data
     width = heads.pop()
     numbers = sorted({width + 1 if r == EXACT else int(r) for r in config.r})
     choices = [(method, r) for method in config.methods for r in numbers]
-    with nullcontext() if chosen == trained else attnpatch.patched(model, chosen):
+    with nullcontext() if kernel == trained else attnpatch.patched(model, kernel):
         exact, errors = _exact(config, model, data, choices)
         rows = []
         for method, r in choices:
@@ -208,7 +209,7 @@ def _evaluate(config: ValueAwareConfig, name: str, kernel: str, model: Any, data
                 }
             )
     return {
-        "kernel": chosen,
+        "kernel": kernel,
         "kernel_trained": trained,
         "objective": "causal" if model.config.is_decoder else "masked",
         "head_dim": width,
@@ -279,7 +280,8 @@ def _kept(config: ValueAwareConfig, kernel: str, model: Any, about: Mapping[str,
     settings = {key: value for key, value in config.as_dict().items() if key not in _FREE}
     sums = [file["text_sha256"] for file in text.files]
     own = {key: value for key, value in about.items() if key not in ("path", "seed")}
-    depends = [own, model.config.to_json_string(), kernel, settings, config.data.block_size, sums, versions()]
+    shape = (model.config.to_json_string(), config.data.block_size)
+    depends = [own, shape, kernel, settings, sums, str(model.device), versions()]
     return Path(config.output.dir) / "models" / f"{sha256_lines([repr(depends)])[:16]}.json"
 
 
