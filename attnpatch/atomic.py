@@ -46,8 +46,8 @@ def writing_aside(target: str | Path, needed: int = 0) -> Iterator[Path]:
     """A new folder beside `target` that takes its place at the end of the block, or vanishes after an exception.
 
     Args:
-        target: what it holds is removed, but only after the new one stands (`checkpoint_files.check_target` guards what is a
-            user's).
+        target: what it holds is removed, but only after the new one stands (`checkpoint_files.check_target` guards
+            what is a user's).
         needed: bytes that will be written; too little space stops here.
 
     Raises:

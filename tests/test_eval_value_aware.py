@@ -172,7 +172,13 @@ def test_whole_words(data: Path, tokenizer: Any, tmp_path: Path) -> None:
     from attnpatch.experiments.value_aware.run import _blocks
 
     model = AutoModelForMaskedLM.from_pretrained(saved(tmp_path / "m", tokenizer))
-    words = ["models=[x]", f"data.block_size={LENGTH}", "blocks=7", "masking.whole_words=true"]
+    words = [
+        "models=[x]",
+        f"data.block_size={LENGTH}",
+        "blocks=7",
+        "masking.whole_words=true",
+        "masking.probability=0.5",
+    ]
     config = load_config(ValueAwareConfig, None, words)
     text = load_text(TextConfig(dir=str(data)), "test")[0]
     fixed = _blocks(config, model, tokenizer, text)
