@@ -3,51 +3,34 @@
 Shapes: query [B, H, T, D], key [B, H, S, D], value [B, H, S, D], keep None or bool broadcastable to [B, H, T, S];
 D up to 128, padded to a power of two in registers.
 
-As in `attnpatch.kernels.score_blocked`, f needs no running maximum, and the backward pass recomputes f from query, key
-and the row sums. A row whose sum under- or overflows is computed again in the same program, scaled by a number m
-that is saved beside the sum: f(z) is z^2 / m^2 / (1 + z^2), (z / m)^degree, or elu(z) + 1 over exp(m) for a
-negative m and over 1 + m for a positive one. m = 1 (elu: 0) in every other row; m = inf means that all visible
-scores are zero, and the row is uniform.
+`attnpatch.kernels.score_triton_device` computes; here block sizes are chosen and the kernels become operators. Of the
+backward pass there are two forms: as a rule the gradient of the queries is added up in memory by the programs that
+own the keys (five matrix products; the order of the additions, and with it the last bits, differ from run to run, as
+in torch's own fused attention); under `torch.use_deterministic_algorithms(True)` a kernel of its own computes it
+(seven products, always the same bits).
 
-Dropout keeps a weight if a hash of its column under two Philox keys of its row (seed; row, head) exceeds p: the
-backward pass draws the same numbers, whatever the block sizes. The seed is read on the device, so that the kernels can
-be captured in a CUDA graph.
-
-The inner loop of a forward pass is a multiply-add, a reciprocal square root and three multiplications or additions a
-score, because elementwise work and not the matrix products sets the time (docs/performance.md). Its blocks are not
-masked where nothing is hidden: beyond the last key z = 0, and f(0) = 0.
+Dropout's seed is read on the device, so that the kernels can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+
+from attnpatch.kernels import score_triton_device as device
+from attnpatch.kernels.score_triton_device import INTERPRETED
 
 KERNEL_CODES = {"expressive": 0, "polynomial": 1, "elu": 2}
 
 MAX_HEAD_DIM = 128
 TUNE_VARIABLE = "ATTNPATCH_TUNE"
-
-# Arguments whose being 1 or a multiple of 16 would only make Triton compile again.
-UNSPECIALISED = ["n_heads", "n_queries", "n_keys", "threshold", "size_class"]
-
-_INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
-
-SMALLEST = tl.constexpr(1e-25)
-LARGEST = tl.constexpr(1e25)
-# sqrt of the smallest normal float32, times 1e-9: rows of smaller scores are uniform in the plain form.
-ZERO = tl.constexpr(1e-28)
-# Beyond it f(z) = 1 in float32, and the square does not overflow.
-BOUND = tl.constexpr(1e18)
-# Triton's interpreter multiplies bfloat16 as if it were integers.
-UPCAST = tl.constexpr(_INTERPRETED)
 
 
 def tuning() -> bool:
@@ -57,7 +40,7 @@ def tuning() -> bool:
 
 def why_not(query: Tensor, value: Tensor) -> str | None:
     """Why Triton cannot serve these tensors, or None if it can."""
-    if query.device.type != "cuda" and not (_INTERPRETED and query.device.type == "cpu"):
+    if query.device.type != "cuda" and not (INTERPRETED and query.device.type == "cpu"):
         return f"it runs on CUDA, and query is on {query.device}"
     if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(query.device)
@@ -71,371 +54,46 @@ def why_not(query: Tensor, value: Tensor) -> str | None:
     return None
 
 
-@triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def _power(x, EXPONENT: tl.constexpr):
-    result = x
-    for _ in tl.static_range(EXPONENT - 1):
-        result = result * x
-    return result
-
-
-@triton.jit
-def _row_factors(m, KERNEL: tl.constexpr):
-    """(what z or f is multiplied by, what is added to f) for rows scaled by m."""
-    if KERNEL == 2:
-        return 1.0 / (1.0 + tl.maximum(m, 0.0)), m * 0.0
-    uniform = m == float("inf")
-    return tl.where(uniform, 0.0, 1.0 / m), tl.where(uniform, 1.0, 0.0)
-
-
-@triton.jit
-def _strength(z, m, unit, added, KERNEL: tl.constexpr, DEGREE: tl.constexpr):
-    """f(z) of rows scaled by m; `unit` and `added` as from `_row_factors`."""
-    if KERNEL == 0:
-        z = tl.minimum(tl.abs(z), BOUND)
-        f = z * tl.rsqrt(1.0 + z * z) * unit
-        f = f * f + added
-    elif KERNEL == 1:
-        f = _power(z * unit, DEGREE) + added
-    else:
-        f = (tl.exp(tl.minimum(z, 0.0) - tl.minimum(m, 0.0)) + tl.maximum(z, 0.0)) * unit
-    return f
-
-
-@triton.jit
-def _slope(z, m, unit, KERNEL: tl.constexpr, DEGREE: tl.constexpr):
-    """df/dz, in the same scale."""
-    if KERNEL == 0:
-        z = tl.maximum(tl.minimum(z, BOUND), -BOUND)
-        root = tl.rsqrt(1.0 + z * z)
-        inverse = root * root
-        d = (2.0 * unit) * (z * unit) * (inverse * inverse)
-    elif KERNEL == 1:
-        d = (DEGREE * unit) * _power(z * unit, DEGREE - 1)
-    else:
-        d = tl.exp(tl.minimum(z, 0.0) - tl.minimum(m, 0.0)) * unit
-    return d
-
-
-@triton.jit
-def _visible(Mask, rows, cols, stride_mt, stride_ms, n_queries, n_keys, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Which elements of a block of scores count."""
-    inside = (rows < n_queries)[:, None] & (cols < n_keys)[None, :]
-    if CAUSAL:
-        inside = inside & (rows[:, None] >= cols[None, :])
-    if HAS_MASK:
-        pointers = Mask + rows.to(tl.int64)[:, None] * stride_mt + cols.to(tl.int64)[None, :] * stride_ms
-        inside = inside & (tl.load(pointers, mask=inside, other=0) != 0)
-    return inside
-
-
-@triton.jit
-def _mix(x):
-    """A bijection of 32 bits whose every output bit depends on every input bit (Wellons' lowbias32)."""
-    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
-    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _kept(rows, cols, head, Seed, threshold):
-    """Dropout's choice, from the position alone. Philox is for rows: for each score it would cost most."""
-    row = tl.cast(rows, tl.uint32)
-    zero = row * 0
-    first, second, _, _ = tl.philox(tl.load(Seed), row, zero + tl.cast(head, tl.uint32), zero, zero)
-    first, second = tl.cast(first, tl.uint32, bitcast=True), tl.cast(second, tl.uint32, bitcast=True)
-    random = _mix(_mix(first[:, None] ^ tl.cast(cols, tl.uint32)[None, :]) ^ second[:, None])
-    return random >= tl.cast(threshold, tl.uint32)
-
-
-@triton.jit
-def _tile(Base, index, features, stride_n, stride_d, n, HEAD_DIM: tl.constexpr):
-    """Rows `index` of a [n, D] matrix, zero beyond it."""
-    pointers = Base + index.to(tl.int64)[:, None] * stride_n + features[None, :] * stride_d
-    return tl.load(pointers, mask=(index < n)[:, None] & (features < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def _sum_keys(
-    q, m, Key, Value, Mask, rows, head, Seed, threshold, scale, last,
-    stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys, SCALED: tl.constexpr,
-    KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(sum_j f v, sum_j f) of a block of queries; without SCALED m is neutral, and costs nothing."""
-    unit, added = 1.0, 0.0
-    if SCALED:
-        unit, added = _row_factors(m, KERNEL)
-        unit, added = unit[:, None], added[:, None]
-    features = tl.arange(0, BLOCK_D)
-    summed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for first in range(0, last, BLOCK_N):
-        cols = first + tl.arange(0, BLOCK_N)
-        k = _tile(Key, cols, features, stride_ks, stride_kd, n_keys, HEAD_DIM)
-        v = _tile(Value, cols, features, stride_vs, stride_vd, n_keys, HEAD_DIM)
-        z = _dot(q, tl.trans(k), PRECISION) * scale
-        f = _strength(z, m[:, None], unit, added, KERNEL, DEGREE)
-        if SCALED or CAUSAL or HAS_MASK or KERNEL == 2:
-            seen = _visible(Mask, rows, cols, stride_mt, stride_ms, n_queries, n_keys, CAUSAL, HAS_MASK)
-            f = tl.where(seen, f, 0.0)
-        # Rounded before they are summed, so that the weights add up to one.
-        f = f.to(v.dtype)
-        total += tl.sum(f.to(tl.float32), 1)
-        if DROPOUT:
-            f = tl.where(_kept(rows, cols, head, Seed, threshold), f, 0.0)
-        summed += _dot(f, v, PRECISION)
-    return summed, total
-
-
-@triton.jit
-def _place(n, BLOCK: tl.constexpr):
-    """(block, head) of a program. One dimension: the others of a grid end at 65,535, which batches times heads pass."""
-    blocks = tl.cdiv(n, BLOCK)
-    return tl.program_id(0) % blocks, tl.program_id(0) // blocks
-
-
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def _forward(
-    Query, Key, Value, Mask, Seed, Output, Residual, Sums, Scales,
-    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
-    stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mt, stride_ms,
-    stride_ob, stride_oh, stride_ot, stride_od,
-    n_heads, n_queries, n_keys, scale, threshold, factor, size_class,
-    KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    block, head = _place(n_queries, BLOCK_M)
-    b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
-    start = block * BLOCK_M
-    rows = start + tl.arange(0, BLOCK_M)
-    features = tl.arange(0, BLOCK_D)
-    Key += b * stride_kb + h * stride_kh
-    Value += b * stride_vb + h * stride_vh
-    Mask += b * stride_mb + h * stride_mh
-    q = _tile(Query + b * stride_qb + h * stride_qh, rows, features, stride_qt, stride_qd, n_queries, HEAD_DIM)
-    last = n_keys
-    if CAUSAL:
-        last = tl.minimum(n_keys, start + BLOCK_M)
-    neutral = 0.0 if KERNEL == 2 else 1.0
-    m = tl.full([BLOCK_M], neutral, tl.float32)
-    summed, total = _sum_keys(
-        q, m, Key, Value, Mask, rows, head, Seed, threshold, scale, last,
-        stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys, False,
-        KERNEL, DEGREE, CAUSAL, HAS_MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
-    )  # fmt: skip
-    # Not a number fails the comparisons, too. float16 has no digits left for small weights.
-    smallest = 0.5 if Output.dtype.element_ty == tl.float16 else SMALLEST
-    lost = (rows < n_queries) & ~((total >= smallest) & (total <= LARGEST))
-    if tl.max(lost.to(tl.int32), 0) > 0:
-        lowest = -float("inf") if KERNEL == 2 else 0.0
-        peak = tl.full([BLOCK_M], lowest, tl.float32)
-        for first in range(0, last, BLOCK_N):
-            cols = first + tl.arange(0, BLOCK_N)
-            k = _tile(Key, cols, features, stride_ks, stride_kd, n_keys, HEAD_DIM)
-            z = _dot(q, tl.trans(k), PRECISION) * scale
-            seen = _visible(Mask, rows, cols, stride_mt, stride_ms, n_queries, n_keys, CAUSAL, HAS_MASK)
-            if KERNEL == 2:
-                peak = tl.maximum(peak, tl.max(tl.where(seen, z, lowest), 1))
-            else:
-                peak = tl.maximum(peak, tl.max(tl.where(seen, tl.abs(z), 0.0), 1))
-        if KERNEL == 2:
-            better = tl.where(peak == lowest, 0.0, peak)
-        elif KERNEL == 1:
-            better = tl.where(peak > ZERO, peak, float("inf"))
-        else:
-            better = tl.where(peak > ZERO, tl.minimum(peak, 1.0), float("inf"))
-        m = tl.where(lost, better, m)
-        summed, total = _sum_keys(
-            q, m, Key, Value, Mask, rows, head, Seed, threshold, scale, last,
-            stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys, True,
-            KERNEL, DEGREE, CAUSAL, HAS_MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    output = summed * (factor / tl.where(total > 0.0, total, 1.0))[:, None]
-    place = b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ot + features[None, :] * stride_od
-    stored = (rows < n_queries)[:, None] & (features < HEAD_DIM)[None, :]
-    rounded = output.to(Output.dtype.element_ty)
-    tl.store(Output + place, rounded, mask=stored)
-    if RESIDUAL:
-        lost_digits = (output - rounded.to(tl.float32)).to(Output.dtype.element_ty)
-        tl.store(Residual + place, lost_digits, mask=stored)
-    offset = head.to(tl.int64) * n_queries + rows
-    tl.store(Sums + offset, total, mask=rows < n_queries)
-    tl.store(Scales + offset, m, mask=rows < n_queries)
-
-
-@triton.jit
-def _row_delta(
-    Grad, Output, Residual, Sums, Delta,
-    stride_gb, stride_gh, stride_gt, stride_gd, stride_ob, stride_oh, stride_ot, stride_od, n_heads, n_queries,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """rowsum(dO * O), and 1 / N in the place of N."""
-    block, head = _place(n_queries, BLOCK_M)
-    b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    features = tl.arange(0, BLOCK_D)
-    g = _tile(Grad + b * stride_gb + h * stride_gh, rows, features, stride_gt, stride_gd, n_queries, HEAD_DIM)
-    first = b * stride_ob + h * stride_oh
-    o = _tile(Output + first, rows, features, stride_ot, stride_od, n_queries, HEAD_DIM).to(tl.float32)
-    if RESIDUAL:
-        o += _tile(Residual + first, rows, features, stride_ot, stride_od, n_queries, HEAD_DIM).to(tl.float32)
-    offset = head.to(tl.int64) * n_queries + rows
-    total = tl.load(Sums + offset, mask=rows < n_queries, other=0.0)
-    inverse = tl.where(total > 0.0, 1.0 / total, 0.0)
-    tl.store(Delta + offset, tl.sum(g.to(tl.float32) * o, 1), mask=rows < n_queries)
-    tl.store(Sums + offset, inverse, mask=rows < n_queries)
-
-
-@triton.jit
-def _block_gradients(
-    q, k, v, g, m, inverse, delta, Mask, rows, cols, head, Seed, threshold, factor, scale,
-    stride_mt, stride_ms, n_queries, n_keys,
-    KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(weights after dropout, dL/dz) of one block of scores."""
-    z = _dot(q, tl.trans(k), PRECISION) * scale
-    inner = _dot(g, tl.trans(v), PRECISION)
-    unit, added = _row_factors(m, KERNEL)
-    weights = _strength(z, m[:, None], unit[:, None], added[:, None], KERNEL, DEGREE) * inverse[:, None]
-    # Where it is zero the slope is, too, and rows and columns beyond the last reach nothing that is stored.
-    slope = _slope(z, m[:, None], unit[:, None], KERNEL, DEGREE) * inverse[:, None]
-    if CAUSAL or HAS_MASK or KERNEL == 2:
-        seen = _visible(Mask, rows, cols, stride_mt, stride_ms, n_queries, n_keys, CAUSAL, HAS_MASK)
-        weights = tl.where(seen, weights, 0.0)
-        slope = tl.where(seen, slope, 0.0)
-    if DROPOUT:
-        kept = tl.where(_kept(rows, cols, head, Seed, threshold), factor, 0.0)
-        weights = weights * kept
-        inner = inner * kept
-    return weights, (inner - delta[:, None]) * slope
-
-
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def _key_gradients(
-    Query, Key, Value, Mask, Seed, Grad, Inverse, Scales, Delta, KeyGrad, ValueGrad,
-    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
-    stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mt, stride_ms,
-    stride_gb, stride_gh, stride_gt, stride_gd, stride_yb, stride_yh, stride_ys, stride_yd,
-    stride_wb, stride_wh, stride_ws, stride_wd,
-    n_heads, n_queries, n_keys, scale, threshold, factor, size_class,
-    KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    block, head = _place(n_keys, BLOCK_N)
-    b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
-    cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    features = tl.arange(0, BLOCK_D)
-    Query += b * stride_qb + h * stride_qh
-    Grad += b * stride_gb + h * stride_gh
-    Mask += b * stride_mb + h * stride_mh
-    k = _tile(Key + b * stride_kb + h * stride_kh, cols, features, stride_ks, stride_kd, n_keys, HEAD_DIM)
-    v = _tile(Value + b * stride_vb + h * stride_vh, cols, features, stride_vs, stride_vd, n_keys, HEAD_DIM)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    begin = 0
-    if CAUSAL:
-        # Queries before these keys see none of them.
-        begin = (block * BLOCK_N) // BLOCK_M * BLOCK_M
-    for start in range(begin, n_queries, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        q = _tile(Query, rows, features, stride_qt, stride_qd, n_queries, HEAD_DIM)
-        g = _tile(Grad, rows, features, stride_gt, stride_gd, n_queries, HEAD_DIM)
-        offset = head.to(tl.int64) * n_queries + rows
-        inverse = tl.load(Inverse + offset, mask=rows < n_queries, other=0.0)
-        delta = tl.load(Delta + offset, mask=rows < n_queries, other=0.0)
-        m = tl.load(Scales + offset, mask=rows < n_queries, other=1.0)
-        weights, dz = _block_gradients(
-            q, k, v, g, m, inverse, delta, Mask, rows, cols, head, Seed, threshold, factor, scale,
-            stride_mt, stride_ms, n_queries, n_keys, KERNEL, DEGREE, CAUSAL, HAS_MASK, DROPOUT, PRECISION,
-        )  # fmt: skip
-        dv += _dot(tl.trans(weights.to(g.dtype)), g, PRECISION)
-        dk += _dot(tl.trans(dz.to(q.dtype)), q, PRECISION)
-    stored = (cols < n_keys)[:, None] & (features < HEAD_DIM)[None, :]
-    index = cols.to(tl.int64)[:, None]
-    pointers = KeyGrad + b * stride_yb + h * stride_yh + index * stride_ys + features[None, :] * stride_yd
-    tl.store(pointers, (dk * scale).to(KeyGrad.dtype.element_ty), mask=stored)
-    pointers = ValueGrad + b * stride_wb + h * stride_wh + index * stride_ws + features[None, :] * stride_wd
-    tl.store(pointers, dv.to(ValueGrad.dtype.element_ty), mask=stored)
-
-
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def _query_gradients(
-    Query, Key, Value, Mask, Seed, Grad, Inverse, Scales, Delta, QueryGrad,
-    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
-    stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mt, stride_ms,
-    stride_gb, stride_gh, stride_gt, stride_gd, stride_xb, stride_xh, stride_xt, stride_xd,
-    n_heads, n_queries, n_keys, scale, threshold, factor, size_class,
-    KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    block, head = _place(n_queries, BLOCK_M)
-    b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
-    start = block * BLOCK_M
-    rows = start + tl.arange(0, BLOCK_M)
-    features = tl.arange(0, BLOCK_D)
-    Key += b * stride_kb + h * stride_kh
-    Value += b * stride_vb + h * stride_vh
-    Mask += b * stride_mb + h * stride_mh
-    q = _tile(Query + b * stride_qb + h * stride_qh, rows, features, stride_qt, stride_qd, n_queries, HEAD_DIM)
-    g = _tile(Grad + b * stride_gb + h * stride_gh, rows, features, stride_gt, stride_gd, n_queries, HEAD_DIM)
-    offset = head.to(tl.int64) * n_queries + rows
-    inverse = tl.load(Inverse + offset, mask=rows < n_queries, other=0.0)
-    delta = tl.load(Delta + offset, mask=rows < n_queries, other=0.0)
-    m = tl.load(Scales + offset, mask=rows < n_queries, other=1.0)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    last = n_keys
-    if CAUSAL:
-        last = tl.minimum(n_keys, start + BLOCK_M)
-    for first in range(0, last, BLOCK_N):
-        cols = first + tl.arange(0, BLOCK_N)
-        k = _tile(Key, cols, features, stride_ks, stride_kd, n_keys, HEAD_DIM)
-        v = _tile(Value, cols, features, stride_vs, stride_vd, n_keys, HEAD_DIM)
-        _, dz = _block_gradients(
-            q, k, v, g, m, inverse, delta, Mask, rows, cols, head, Seed, threshold, factor, scale,
-            stride_mt, stride_ms, n_queries, n_keys, KERNEL, DEGREE, CAUSAL, HAS_MASK, DROPOUT, PRECISION,
-        )  # fmt: skip
-        dq += _dot(dz.to(k.dtype), k, PRECISION)
-    stored = (rows < n_queries)[:, None] & (features < HEAD_DIM)[None, :]
-    pointers = QueryGrad + b * stride_xb + h * stride_xh + rows.to(tl.int64)[:, None] * stride_xt
-    pointers += features[None, :] * stride_xd
-    tl.store(pointers, (dq * scale).to(QueryGrad.dtype.element_ty), mask=stored)
-
-
 # (BLOCK_M, BLOCK_N, warps, stages). The first is what is used untuned: it fits the 99 KiB of shared memory of consumer
 # GPUs up to D = 128 in half precision.
 Sizes = tuple[int, int, int, int]
-_FORWARD: list[Sizes] = [
-    (64, 64, 4, 2),
-    (128, 64, 4, 3),
-    (128, 64, 8, 3),
-    (128, 128, 8, 3),
-    (64, 32, 4, 2),
-    (32, 32, 4, 2),
-]
-_BACKWARD: list[Sizes] = [
-    (32, 64, 4, 2),
-    (64, 64, 4, 2),
-    (64, 64, 8, 2),
-    (64, 128, 8, 2),
-    (128, 64, 8, 2),
-    (32, 32, 4, 2),
-]
+SIZES: dict[str, list[Sizes]] = {
+    "forward": [
+        (64, 64, 4, 2),
+        (128, 64, 4, 3),
+        (128, 64, 8, 3),
+        (128, 128, 8, 3),
+        (64, 128, 4, 3),
+        (32, 32, 4, 2),
+    ],
+    # Of queries and keys; a program owns the keys.
+    "fused": [
+        (64, 64, 4, 2),
+        (64, 128, 8, 2),
+        (32, 128, 8, 2),
+        (64, 64, 8, 2),
+        (32, 64, 4, 2),
+        (32, 32, 4, 2),
+    ],
+    "key": [
+        (64, 64, 4, 2),
+        (64, 128, 8, 2),
+        (64, 64, 8, 2),
+        (32, 64, 4, 2),
+        (32, 32, 4, 2),
+    ],
+    # A program owns the queries.
+    "query": [
+        (64, 64, 4, 2),
+        (128, 64, 8, 2),
+        (64, 64, 8, 2),
+        (64, 32, 4, 2),
+        (32, 32, 4, 2),
+    ],
+}
 _SMALL: Sizes = (16, 32, 4, 1)
 _sizes: Sizes | None = None
-_KEY = ["size_class", "KERNEL", "DEGREE", "CAUSAL", "HAS_MASK", "DROPOUT", "BLOCK_D", "PRECISION"]
+_KEY = ["size_class", "KERNEL", "DEGREE", "CAUSAL", "MASK", "DROPOUT", "BLOCK_D", "PRECISION"]
 
 
 def _config(sizes: Sizes) -> Any:
@@ -464,22 +122,27 @@ def _bench(call: Any, quantiles: Any) -> Any:
     return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
 
 
-def _tuned(function: Any, sizes: list[Sizes]) -> Any:
-    sizes = [_SMALL] if _INTERPRETED else sizes
-    options = {} if _INTERPRETED else {"prune_configs_by": {"early_config_prune": _prune}, "do_bench": _bench}
-    return triton.autotune([_config(size) for size in sizes], key=_KEY, **options)(function)
+def _tuned(name: str, function: Any) -> Any:
+    options: dict[str, Any] = {}
+    if not INTERPRETED:
+        options = {"prune_configs_by": {"early_config_prune": _prune}, "do_bench": _bench}
+    if name == "fused":
+        options["reset_to_zero"] = ["QueryGrad"]
+    configs = [_config(size) for size in ([_SMALL] if INTERPRETED else SIZES[name])]
+    return triton.autotune(configs, key=_KEY, **options)(function)
 
 
 _TUNED = {
-    "forward": _tuned(_forward, _FORWARD),
-    "key": _tuned(_key_gradients, _BACKWARD),
-    "query": _tuned(_query_gradients, _BACKWARD),
+    "forward": _tuned("forward", device._forward),
+    "fused": _tuned("fused", device._key_gradients),
+    "key": _tuned("key", device._key_gradients),
+    "query": _tuned("query", device._query_gradients),
 }
 
 
 def all_sizes() -> list[Sizes]:
     """The block sizes that tuning chooses among."""
-    return sorted({*_FORWARD, *_BACKWARD})
+    return sorted({size for sizes in SIZES.values() for size in sizes})
 
 
 @contextlib.contextmanager
@@ -508,48 +171,70 @@ def _launch(name: str, length: int, heads: int, block: str, *arguments: Any, **c
 
 
 def _untuned(name: str, dtype: torch.dtype, block_d: int) -> Sizes:
-    if _INTERPRETED:
+    if INTERPRETED:
         return _SMALL
     if dtype == torch.float32:
         return (32, 32, 4, 1) if block_d > 64 else (32, 64, 4, 1)
-    return _FORWARD[0] if name == "forward" else _BACKWARD[0]
+    return (32, 64, 4, 2) if name != "forward" and block_d > 64 else SIZES[name][0]
 
 
-def _options(
-    query: Tensor,
-    key: Tensor,
-    keep: Tensor | None,
-    kernel: str,
-    degree: int,
-    scale: float,
-    is_causal: bool,
-    dropout_p: float,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The scalar arguments that all kernels share, and their constants."""
-    head_dim, n_keys = query.shape[-1], key.shape[2]
-    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
-    # Tuned once for each power of two of the longer length, not for every length.
-    size_class = max(query.shape[2], n_keys, 128).bit_length()
-    scalars = (
-        query.shape[1],
-        query.shape[2],
-        n_keys,
-        scale,
-        threshold,
-        2.0**32 / (2**32 - threshold),
-        size_class,
-    )
-    constants = {
-        "KERNEL": KERNEL_CODES[kernel],
-        "DEGREE": degree,
-        "CAUSAL": is_causal,
-        "HAS_MASK": keep is not None,
-        "DROPOUT": dropout_p > 0.0,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "PRECISION": _precision(query),
-    }
-    return scalars, constants
+class _Call:
+    """What the kernels of one call share, apart from its tensors."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        keep: Tensor | None,
+        kernel: str,
+        degree: int,
+        scale: float,
+        is_causal: bool,
+        dropout_p: float,
+    ) -> None:
+        n_batch, self.n_heads, self.n_queries, head_dim = query.shape
+        self.n_keys = key.shape[2]
+        self.programs = n_batch * self.n_heads
+        self.n_rows = self.programs * self.n_queries
+        self.scale = scale
+        threshold = min(round(dropout_p * 2**32), 2**32 - 1)
+        self.dropout = (threshold, 2.0**32 / (2**32 - threshold))
+        # Tuned once for each power of two of the longer length, not for every length.
+        self.size_class = max(self.n_queries, self.n_keys, 128).bit_length()
+        self.c, self.slope_factor = _constants(kernel, degree, scale)
+        self.finish = scale if query.dtype == torch.float16 else scale * self.slope_factor
+        self.mask, self.mask_strides, mask_kind = _mask(keep, query, key)
+        self.constants = {
+            "KERNEL": KERNEL_CODES[kernel],
+            "DEGREE": degree,
+            "CAUSAL": is_causal,
+            "MASK": mask_kind,
+            "DROPOUT": dropout_p > 0.0,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+            "PRECISION": _precision(query),
+        }
+
+    def forward_scalars(self) -> tuple[Any, ...]:
+        lengths = (self.n_heads, self.n_queries, self.n_keys)
+        return (*lengths, self.scale, self.c, *self.dropout, self.size_class)
+
+    def backward_scalars(self) -> tuple[Any, ...]:
+        lengths = (self.n_heads, self.n_queries, self.n_keys, self.n_rows)
+        return (*lengths, self.scale, self.c, self.slope_factor, *self.dropout, self.finish, self.size_class)
+
+
+def _constants(kernel: str, degree: int, scale: float) -> tuple[float, float]:
+    """c of `_strength`, and the factor that `_weights_and_slope` leaves out of the slope."""
+    if kernel == "polynomial":
+        return 0.0, float(degree)
+    if kernel == "elu":
+        return 0.0, 1.0
+    if not 1e-15 < abs(scale) < 900.0:
+        # Outside, x^2 beside c could leave float32's range: not a number sends every row to the scaled form.
+        return math.nan, 1.0
+    c = scale**-2
+    return c, 2.0 * c / scale
 
 
 def _precision(query: Tensor) -> str:
@@ -559,12 +244,13 @@ def _precision(query: Tensor) -> str:
     return "tf32x3" if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0) else "ieee"
 
 
-def _mask(keep: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The mask as bytes and its strides over [B, H, T, S]; without a mask, something to point at."""
+def _mask(keep: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
+    """The mask as bytes, its strides over [B, H, T, S], and its kind: none (0), of keys alone (1), or any (2)."""
     if keep is None:
-        return query, (0, 0, 0, 0)
+        # Something to point at.
+        return query, (0, 0, 0, 0), 0
     full = keep.expand(*query.shape[:3], key.shape[2]).view(torch.uint8)
-    return full, full.stride()
+    return full, full.stride(), 1 if full.stride(2) == 0 or full.shape[2] == 1 else 2
 
 
 def empty_outputs(query: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -597,15 +283,13 @@ def triton_attention_op(
     output, residual, sums, scales = empty_outputs(query, training)
     if output.numel() == 0:
         return output, residual, sums, scales
-    mask, mask_strides = _mask(keep, query, key)
-    scalars, constants = _options(query, key, keep, kernel, degree, scale, is_causal, dropout_p)
-    n_batch, n_heads, n_queries, _ = query.shape
+    call = _Call(query, key, keep, kernel, degree, scale, is_causal, dropout_p)
     with torch.cuda.device_of(query):
         _launch(
-            "forward", n_queries, n_batch * n_heads, "BLOCK_M",
-            query, key, value, mask, query if seed is None else seed, output, residual, sums, scales,
-            *query.stride(), *key.stride(), *value.stride(), *mask_strides, *output.stride(), *scalars,
-            **constants, RESIDUAL=residual.numel() > 0,
+            "forward", call.n_queries, call.programs, "BLOCK_M",
+            query, key, value, call.mask, query if seed is None else seed, output, residual, sums, scales,
+            *query.stride(), *key.stride(), *value.stride(), *call.mask_strides, *output.stride(),
+            *call.forward_scalars(), **call.constants, RESIDUAL=residual.numel() > 0,
         )  # fmt: skip
     return output, residual, sums, scales
 
@@ -630,27 +314,33 @@ def triton_attention_backward_op(
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     if output.numel() == 0 or key.numel() == 0:
-        return tuple(x.zero_() for x in grads)  # type: ignore[return-value]
-    mask, mask_strides = _mask(keep, query, key)
-    scalars, constants = _options(query, key, keep, kernel, degree, scale, is_causal, dropout_p)
-    n_batch, n_heads, n_queries, _ = query.shape
-    programs = n_batch * n_heads
-    inverse, delta = sums.clone(), torch.empty_like(sums)
-    tensors = (query, key, value, mask, query if seed is None else seed, grad, inverse, scales, delta)
-    strides = (*query.stride(), *key.stride(), *value.stride(), *mask_strides, *grad.stride())
-    dq, dk, dv = grads
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    call = _Call(query, key, keep, kernel, degree, scale, is_causal, dropout_p)
+    fused = not torch.are_deterministic_algorithms_enabled()
+    inverse, delta = torch.empty_like(sums), torch.empty_like(sums)
+    row_keys = inverse if seed is None else sums.new_empty((3, *sums.shape), dtype=torch.int32)
+    # Sums over the blocks of keys need float32 between them.
+    summed = torch.zeros_like(query, dtype=torch.float32) if fused else dq
+    tensors = (query, key, value, call.mask, grad, inverse, scales, delta, row_keys, summed)
+    strides = (*query.stride(), *key.stride(), *value.stride(), *call.mask_strides, *grad.stride(), *summed.stride())
     with torch.cuda.device_of(query):
-        _row_delta[(triton.cdiv(n_queries, 64) * programs,)](
-            grad, output, residual, inverse, delta, *grad.stride(), *output.stride(), n_heads, n_queries,
-            HEAD_DIM=constants["HEAD_DIM"], BLOCK_D=constants["BLOCK_D"], RESIDUAL=residual.numel() > 0, BLOCK_M=64,
+        device._row_delta[(triton.cdiv(call.n_queries, 64) * call.programs,)](
+            grad, output, residual, query if seed is None else seed, sums, inverse, delta, row_keys,
+            *grad.stride(), *output.stride(), call.n_heads, call.n_queries, call.n_rows,
+            HEAD_DIM=call.constants["HEAD_DIM"], BLOCK_D=call.constants["BLOCK_D"], RESIDUAL=residual.numel() > 0,
+            DROPOUT=seed is not None, BLOCK_M=64,
         )  # fmt: skip
-        arguments = (*tensors, dk, dv, *strides, *dk.stride(), *dv.stride(), *scalars)
-        _launch("key", key.shape[2], programs, "BLOCK_N", *arguments, **constants)
-        arguments = (*tensors, dq, *strides, *dq.stride(), *scalars)
-        _launch("query", n_queries, programs, "BLOCK_M", *arguments, **constants)
-    return grads
+        arguments = (*tensors, dk, dv, *strides, *dk.stride(), *dv.stride(), *call.backward_scalars())
+        name = "fused" if fused else "key"
+        _launch(name, call.n_keys, call.programs, "BLOCK_N", *arguments, FUSED=fused, **call.constants)
+        if not fused:
+            arguments = (*tensors, *strides, *call.backward_scalars())
+            _launch("query", call.n_queries, call.programs, "BLOCK_M", *arguments, **call.constants)
+    if not fused:
+        return dq, dk, dv
+    return summed if query.dtype == torch.float32 else dq.copy_(summed), dk, dv
 
 
 @triton_attention_op.register_fake
