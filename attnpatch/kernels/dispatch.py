@@ -91,9 +91,10 @@ def attend(
     seed_on = query.device if name == "triton" else "cpu"
     seed = torch.randint(2**62, (), device=seed_on) if dropout_p > 0.0 else None
     if name in ("blocked", "triton"):
-        operator = blocked_attention_op if name == "blocked" else score_triton.triton_attention_op
         training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        output = operator(q, k, v, keep, seed, kernel, degree, factor, is_causal, dropout_p, training)[0]
+        arguments = (q, k, v, keep, seed, kernel, degree, factor, is_causal, dropout_p, training)
+        blocked = name == "blocked"
+        output = blocked_attention_op(*arguments)[0] if blocked else score_triton.triton_attention(*arguments)
     else:
         from attnpatch.kernels.score_flex import flex_attention
 
@@ -174,9 +175,13 @@ def four_dimensions(
     Raises:
         SpecError: the mask does not broadcast to the scores.
     """
-    leading = leading_shape(query, key, value)
-    batch = (1,) * (2 - len(leading)) + tuple(leading)
-    q, k, v = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
+    batch = tuple(query.shape[:2])
+    if query.dim() == 4 and batch == key.shape[:-2] == value.shape[:-2]:
+        q, k, v = query, key, value
+    else:
+        leading = leading_shape(query, key, value)
+        batch = (1,) * (2 - len(leading)) + tuple(leading)
+        q, k, v = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
     if mask is None:
         return q, k, v, None
     full = (*batch, query.shape[-2], key.shape[-2])

@@ -61,8 +61,8 @@ SIZES: dict[str, list[Sizes]] = {
     "forward": [
         (64, 64, 4, 2),
         (128, 64, 4, 3),
-        (128, 64, 8, 3),
-        (128, 128, 8, 3),
+        (128, 64, 4, 4),
+        (64, 64, 4, 3),
         (64, 128, 4, 3),
         (32, 32, 4, 2),
     ],
@@ -70,30 +70,32 @@ SIZES: dict[str, list[Sizes]] = {
     "fused": [
         (64, 64, 4, 2),
         (64, 128, 8, 2),
-        (32, 128, 8, 2),
-        (64, 64, 8, 2),
-        (32, 64, 4, 2),
+        (64, 128, 8, 3),
+        (64, 64, 4, 3),
+        (32, 64, 4, 3),
         (32, 32, 4, 2),
     ],
     "key": [
         (64, 64, 4, 2),
         (64, 128, 8, 2),
-        (64, 64, 8, 2),
-        (32, 64, 4, 2),
+        (64, 128, 8, 3),
+        (64, 64, 4, 3),
+        (32, 64, 4, 3),
         (32, 32, 4, 2),
     ],
     # A program owns the queries.
     "query": [
         (64, 64, 4, 2),
-        (128, 64, 8, 2),
-        (64, 64, 8, 2),
-        (64, 32, 4, 2),
+        (64, 64, 4, 3),
+        (128, 64, 8, 3),
+        (64, 128, 4, 2),
         (32, 32, 4, 2),
     ],
 }
 _SMALL: Sizes = (16, 32, 4, 1)
+_PADDED = 128
 _sizes: Sizes | None = None
-_KEY = ["size_class", "KERNEL", "DEGREE", "CAUSAL", "MASK", "DROPOUT", "BLOCK_D", "PRECISION"]
+_chosen: dict[Any, Sizes] = {}
 
 
 def _config(sizes: Sizes) -> Any:
@@ -129,7 +131,8 @@ def _tuned(name: str, function: Any) -> Any:
     if name == "fused":
         options["reset_to_zero"] = ["QueryGrad"]
     configs = [_config(size) for size in ([_SMALL] if INTERPRETED else SIZES[name])]
-    return triton.autotune(configs, key=_KEY, **options)(function)
+    # What the choice hangs on is up to `_launch`.
+    return triton.autotune(configs, key=[], **options)(function)
 
 
 _TUNED = {
@@ -156,18 +159,31 @@ def fixed_sizes(sizes: Sizes) -> Iterator[None]:
         _sizes = before
 
 
-def _launch(name: str, length: int, heads: int, block: str, *arguments: Any, **constants: Any) -> None:
+def _launch(name: str, length: int, call: _Call, block: str, *arguments: Any, **constants: Any) -> None:
     """Runs a kernel, one program for each block of `length` and each head, with tuned or fixed block sizes."""
-    kernel = _TUNED[name]
+    tuner = _TUNED[name]
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
-        return (triton.cdiv(length, meta[block]) * heads,)
+        return (triton.cdiv(length, meta[block]) * call.programs,)
 
-    if tuning() and _sizes is None:
-        kernel[grid](*arguments, **constants)
-        return
-    m, n, warps, stages = _sizes or _untuned(name, arguments[0].dtype, constants["BLOCK_D"])
-    kernel.fn[grid](*arguments, **constants, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
+    query = arguments[0]
+    constants |= call.constants
+    sizes = _sizes
+    if sizes is None and not tuning():
+        sizes = _untuned(name, query.dtype, constants["BLOCK_D"])
+    if sizes is None:
+        # Tuned once for each power of two of the longer length, not for every length.
+        kind = (name, query.device, query.dtype, call.size_class, *constants.values())
+        sizes = _chosen.get(kind)
+        if sizes is None:
+            tuner.cache.clear()
+            tuner[grid](*arguments, **constants)
+            best = tuner.best_config
+            _chosen[kind] = (best.kwargs["BLOCK_M"], best.kwargs["BLOCK_N"], best.num_warps, best.num_stages)
+            return
+    m, n, warps, stages, *registers = sizes
+    if registers: constants["maxnreg"] = registers[0]
+    tuner.fn[grid](*arguments, **constants, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
 
 
 def _untuned(name: str, dtype: torch.dtype, block_d: int) -> Sizes:
@@ -195,11 +211,11 @@ class _Call:
         n_batch, self.n_heads, self.n_queries, head_dim = query.shape
         self.n_keys = key.shape[2]
         self.programs = n_batch * self.n_heads
-        self.n_rows = self.programs * self.n_queries
+        # A multiple of every block: rows beyond the last are zero in what the backward pass makes for itself.
+        self.n_padded = triton.cdiv(self.n_queries, _PADDED) * _PADDED
         self.scale = scale
         threshold = min(round(dropout_p * 2**32), 2**32 - 1)
         self.dropout = (threshold, 2.0**32 / (2**32 - threshold))
-        # Tuned once for each power of two of the longer length, not for every length.
         self.size_class = max(self.n_queries, self.n_keys, 128).bit_length()
         self.c, self.slope_factor = _constants(kernel, degree, scale)
         self.finish = scale if query.dtype == torch.float16 else scale * self.slope_factor
@@ -217,11 +233,11 @@ class _Call:
 
     def forward_scalars(self) -> tuple[Any, ...]:
         lengths = (self.n_heads, self.n_queries, self.n_keys)
-        return (*lengths, self.scale, self.c, *self.dropout, self.size_class)
+        return (*lengths, self.scale, self.c, *self.dropout)
 
     def backward_scalars(self) -> tuple[Any, ...]:
-        lengths = (self.n_heads, self.n_queries, self.n_keys, self.n_rows)
-        return (*lengths, self.scale, self.c, self.slope_factor, *self.dropout, self.finish, self.size_class)
+        lengths = (self.n_heads, self.n_queries, self.n_keys, self.n_padded, self.programs * self.n_padded)
+        return (*lengths, self.scale, self.c, self.slope_factor, *self.dropout, self.finish)
 
 
 def _constants(kernel: str, degree: int, scale: float) -> tuple[float, float]:
@@ -265,8 +281,7 @@ def empty_outputs(query: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor
     )
 
 
-@torch.library.custom_op("attnpatch::triton_attention", mutates_args=())
-def triton_attention_op(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -286,12 +301,108 @@ def triton_attention_op(
     call = _Call(query, key, keep, kernel, degree, scale, is_causal, dropout_p)
     with torch.cuda.device_of(query):
         _launch(
-            "forward", call.n_queries, call.programs, "BLOCK_M",
+            "forward", call.n_queries, call, "BLOCK_M",
             query, key, value, call.mask, query if seed is None else seed, output, residual, sums, scales,
             *query.stride(), *key.stride(), *value.stride(), *call.mask_strides, *output.stride(),
-            *call.forward_scalars(), **call.constants, RESIDUAL=residual.numel() > 0,
+            *call.forward_scalars(), RESIDUAL=residual.numel() > 0,
         )  # fmt: skip
     return output, residual, sums, scales
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    output: Tensor,
+    residual: Tensor,
+    sums: Tensor,
+    scales: Tensor,
+    seed: Tensor | None,
+    kernel: str,
+    degree: int,
+    scale: float,
+    is_causal: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    if output.numel() == 0 or key.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    call = _Call(query, key, keep, kernel, degree, scale, is_causal, dropout_p)
+    fused = not torch.are_deterministic_algorithms_enabled()
+    padded = (call.programs, call.n_padded)
+    rows = torch.empty(padded, dtype=torch.int64, device=query.device)
+    row_keys = rows if seed is None else torch.empty((3, *padded), dtype=torch.int32, device=query.device)
+    # Sums over the blocks of keys need float32 between them.
+    summed = query.new_zeros((*padded, query.shape[3]), dtype=torch.float32) if fused else dq
+    tensors = (query, key, value, call.mask, grad, rows, scales, row_keys)
+    strides = (*query.stride(), *key.stride(), *value.stride(), *call.mask_strides, *grad.stride())
+    with torch.cuda.device_of(query):
+        device._row_statistics[(call.n_padded // 64 * call.programs,)](
+            grad, output, residual, query if seed is None else seed, sums, rows, row_keys,
+            *grad.stride(), *output.stride(), call.n_heads, call.n_queries, call.n_padded, rows.numel(),
+            HEAD_DIM=call.constants["HEAD_DIM"], BLOCK_D=call.constants["BLOCK_D"], RESIDUAL=residual.numel() > 0,
+            DROPOUT=seed is not None, BLOCK_M=64,
+        )  # fmt: skip
+        arguments = (*tensors, summed, dk, dv, *strides, *dk.stride(), *dv.stride(), *call.backward_scalars())
+        _launch("fused" if fused else "key", call.n_keys, call, "BLOCK_N", *arguments, FUSED=fused)
+        if not fused:
+            arguments = (*tensors, dq, *strides, *dq.stride(), *call.backward_scalars())
+            _launch("query", call.n_queries, call, "BLOCK_M", *arguments)
+    if fused:
+        dq.copy_(summed.view(*query.shape[:2], call.n_padded, query.shape[3])[:, :, : call.n_queries])
+    return dq, dk, dv
+
+
+class _Attention(torch.autograd.Function):
+    """The operator below in eager mode, where its calls cost a fraction of a torch.library operator's."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        query, key, value, keep, seed, *options = arguments
+        ctx.options = options[:-1]
+        output, *rest = _forward(query, key, value, keep, seed, *options)
+        ctx.save_for_backward(query, key, value, keep, output, *rest, seed)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # The gradient's own gradient: the operator says that there is none.
+            return (*triton_attention_backward_op(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8)
+        return (*_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8)
+
+
+def triton_attention(*arguments: Any) -> Tensor:
+    """Output [B, H, T, D]; arguments as `triton_attention_op`."""
+    if (
+        torch.compiler.is_compiling()
+        or type(arguments[0]) not in (Tensor, torch.nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
+        return triton_attention_op(*arguments)[0]
+    return _Attention.apply(*arguments)
+
+
+@torch.library.custom_op("attnpatch::triton_attention", mutates_args=())
+def triton_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    seed: Tensor | None,
+    kernel: str,
+    degree: int,
+    scale: float,
+    is_causal: bool,
+    dropout_p: float,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `_forward`, for torch.compile, exports, transforms and dispatch modes."""
+    return _forward(query, key, value, keep, seed, kernel, degree, scale, is_causal, dropout_p, training)
 
 
 @torch.library.custom_op("attnpatch::triton_attention_backward", mutates_args=())
@@ -311,36 +422,10 @@ def triton_attention_backward_op(
     scale: float,
     is_causal: bool,
     dropout_p: float,
-    training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value."""
-    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    if output.numel() == 0 or key.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    call = _Call(query, key, keep, kernel, degree, scale, is_causal, dropout_p)
-    fused = not torch.are_deterministic_algorithms_enabled()
-    inverse, delta = torch.empty_like(sums), torch.empty_like(sums)
-    row_keys = inverse if seed is None else sums.new_empty((3, *sums.shape), dtype=torch.int32)
-    # Sums over the blocks of keys need float32 between them.
-    summed = torch.zeros_like(query, dtype=torch.float32) if fused else dq
-    tensors = (query, key, value, call.mask, grad, inverse, scales, delta, row_keys, summed)
-    strides = (*query.stride(), *key.stride(), *value.stride(), *call.mask_strides, *grad.stride(), *summed.stride())
-    with torch.cuda.device_of(query):
-        device._row_delta[(triton.cdiv(call.n_queries, 64) * call.programs,)](
-            grad, output, residual, query if seed is None else seed, sums, inverse, delta, row_keys,
-            *grad.stride(), *output.stride(), call.n_heads, call.n_queries, call.n_rows,
-            HEAD_DIM=call.constants["HEAD_DIM"], BLOCK_D=call.constants["BLOCK_D"], RESIDUAL=residual.numel() > 0,
-            DROPOUT=seed is not None, BLOCK_M=64,
-        )  # fmt: skip
-        arguments = (*tensors, dk, dv, *strides, *dk.stride(), *dv.stride(), *call.backward_scalars())
-        name = "fused" if fused else "key"
-        _launch(name, call.n_keys, call.programs, "BLOCK_N", *arguments, FUSED=fused, **call.constants)
-        if not fused:
-            arguments = (*tensors, *strides, *call.backward_scalars())
-            _launch("query", call.n_queries, call.programs, "BLOCK_M", *arguments, **call.constants)
-    if not fused:
-        return dq, dk, dv
-    return summed if query.dtype == torch.float32 else dq.copy_(summed), dk, dv
+    """As `_backward`."""
+    tensors = (query, key, value, keep, output, residual, sums, scales, seed)
+    return _backward(grad, *tensors, kernel, degree, scale, is_causal, dropout_p)
 
 
 @triton_attention_op.register_fake
@@ -356,7 +441,8 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, keep, seed, *ctx.options = inputs
+    query, key, value, keep, seed, *options = inputs
+    ctx.options = options[:-1]
     ctx.save_for_backward(query, key, value, keep, *output, seed)
     ctx.mark_non_differentiable(*output[1:])
 

@@ -13,10 +13,9 @@ written for few instructions, because elementwise work and not the matrix produc
   for a positive one. m = 1 (elu: 0) in every other row; m = inf means that all visible scores are zero, and the row
   is uniform. The backward pass takes the loops for such rows only where there are any.
 
-Dropout keeps the weight of row i and column j if (a_i b_j + c_i) b_j + d_i mod 2^32 is not below p 2^32: a_i, c_i and
-d_i are Philox of (seed; row, head), b_j a hash of the column. Rows are independent of each other, and any three
-weights of a row nearly so, for two multiplications a weight; the backward pass draws the same numbers, whatever the
-block sizes.
+Dropout keeps the weight of row i and column j if (a_i j + c_i) j + d_i mod 2^32 is not below p 2^32; a_i, c_i and d_i
+are Philox of (seed; row, head). Rows are independent of each other, and any three weights of a row nearly so, for two
+multiplications a weight; the backward pass draws the same numbers, whatever the block sizes.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import triton
 import triton.language as tl
 
 # Arguments whose being 1 or a multiple of 16 would only make Triton compile again.
-UNSPECIALISED = ["n_heads", "n_queries", "n_keys", "n_rows", "threshold", "size_class"]
+UNSPECIALISED = ["n_heads", "n_queries", "n_keys", "n_rows", "threshold"]
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 
@@ -181,14 +180,6 @@ def _key_range(Mask, stride_ms, n_keys):
 
 
 @triton.jit
-def _mix(x):
-    """A bijection of 32 bits whose every output bit depends on every input bit (Wellons' lowbias32)."""
-    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
-    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
-    return x ^ (x >> 16)
-
-
-@triton.jit
 def _row_keys(rows, head, Seed):
     """Three random numbers of 32 bits for each row."""
     row = tl.cast(rows, tl.uint32)
@@ -202,19 +193,19 @@ def _row_keys(rows, head, Seed):
 
 
 @triton.jit
-def _load_row_keys(RowKeys, n_rows, inside):
+def _load_row_keys(RowKeys, n_rows):
     """What `_row_keys` gave, from memory."""
     return (
-        tl.load(RowKeys, mask=inside, other=0).to(tl.uint32, bitcast=True),
-        tl.load(RowKeys + n_rows, mask=inside, other=0).to(tl.uint32, bitcast=True),
-        tl.load(RowKeys + 2 * n_rows, mask=inside, other=0).to(tl.uint32, bitcast=True),
+        tl.load(RowKeys).to(tl.uint32, bitcast=True),
+        tl.load(RowKeys + n_rows).to(tl.uint32, bitcast=True),
+        tl.load(RowKeys + 2 * n_rows).to(tl.uint32, bitcast=True),
     )
 
 
 @triton.jit
 def _kept(first, second, third, cols, threshold):
-    """Dropout's choice: a random polynomial of each row, of a number of each column (see the module's docstring)."""
-    number = _mix(tl.cast(cols, tl.uint32) + 1)
+    """Dropout's choice: a random polynomial of each row, at each column (see the module's docstring)."""
+    number = tl.cast(cols, tl.uint32)
     return (first * number + second) * number + third >= tl.cast(threshold, tl.uint32)
 
 
@@ -233,20 +224,24 @@ def _tile(
 
 
 @triton.jit
-def _round(x, like):
-    """x in the type of `like`, and what that is in float32.
-
-    Pairs are converted by one instruction: where the result is wanted in float32, too, Triton converts bfloat16 one by
-    one, in the unit that reciprocals wait for.
-    """
+def _narrow(x, like):
+    """x in the type of `like`. Two numbers by one instruction, which LLVM neither splits nor moves before a select."""
     if PTX and like.dtype == tl.bfloat16:
-        rounded = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, True, 2)
+    return x.to(like.dtype)
+
+
+@triton.jit
+def _round(x, like):
+    """(x as `_narrow` has it, the same in float32): from bfloat16 Triton converts with the unit that reciprocals wait
+    for."""
+    narrow = _narrow(x, like)
+    if PTX and like.dtype == tl.bfloat16:
         wide = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [rounded], tl.float32, True, 2
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [narrow], tl.float32, True, 2
         )
-        return rounded, wide
-    rounded = x.to(like.dtype)
-    return rounded, rounded.to(tl.float32)
+        return narrow, wide
+    return narrow, narrow.to(tl.float32)
 
 
 @triton.jit
@@ -308,7 +303,7 @@ def _sum_keys(
         total += tl.sum(wide, 1)
         if DROPOUT:
             kept = _kept(first[:, None], second[:, None], third[:, None], cols[None, :], threshold)
-            f = tl.where(kept, wide, 0.0).to(v.dtype)
+            f = _narrow(tl.where(kept, wide, 0.0), v)
         summed += _dot(f, v, PRECISION)
     return summed, total
 
@@ -319,7 +314,7 @@ def _forward(
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mt, stride_ms,
     stride_ob, stride_oh, stride_ot, stride_od,
-    n_heads, n_queries, n_keys, scale, c, threshold, factor, size_class,
+    n_heads, n_queries, n_keys, scale, c, threshold, factor,
     KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -415,33 +410,42 @@ def _forward(
 
 
 @triton.jit
-def _row_delta(
-    Grad, Output, Residual, Seed, Sums, Inverse, Delta, RowKeys,
+def _row_statistics(
+    Grad, Output, Residual, Seed, Sums, Rows, RowKeys,
     stride_gb, stride_gh, stride_gt, stride_gd, stride_ob, stride_oh, stride_ot, stride_od,
-    n_heads, n_queries, n_rows,
+    n_heads, n_queries, n_padded, n_rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """rowsum(dO * O), 1 / N, and the random numbers of the rows, once for all blocks of keys."""
-    block, head = _place(n_queries, BLOCK_M)
+    """rowsum(dO * O) and 1 / N of each row, as one number of 64 bits, and the row's random numbers; zeros up to
+    `n_padded` rows a head, so that loops need no masks for them."""
+    block, head = _place(n_padded, BLOCK_M)
     b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     start = block * BLOCK_M
+    rows = start + tl.arange(0, BLOCK_M)
     Grad += b * stride_gb + h * stride_gh
     first = b * stride_ob + h * stride_oh
     g = _tile(Grad, start, n_queries, stride_gt, stride_gd, HEAD_DIM, BLOCK_D, BLOCK_M)
     o = _tile(Output + first, start, n_queries, stride_ot, stride_od, HEAD_DIM, BLOCK_D, BLOCK_M).to(tl.float32)
     if RESIDUAL:
         o += _tile(Residual + first, start, n_queries, stride_ot, stride_od, HEAD_DIM, BLOCK_D, BLOCK_M).to(tl.float32)
-    offset = head.to(tl.int64) * n_queries + rows
-    inside = rows < n_queries
-    total = tl.load(Sums + offset, mask=inside, other=0.0)
-    tl.store(Inverse + offset, tl.where(total == 0.0, 0.0, 1.0 / total), mask=inside)
-    tl.store(Delta + offset, tl.sum(g.to(tl.float32) * o, 1), mask=inside)
+    total = tl.load(Sums + head.to(tl.int64) * n_queries + rows, mask=rows < n_queries, other=0.0)
+    inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
+    delta = tl.sum(g.to(tl.float32) * o, 1)
+    high = delta.to(tl.uint32, bitcast=True).to(tl.uint64) << 32
+    offset = head.to(tl.int64) * n_padded + rows
+    tl.store(Rows + offset, (high | inverse.to(tl.uint32, bitcast=True).to(tl.uint64)).to(tl.int64, bitcast=True))
     if DROPOUT:
         keys = _row_keys(rows, head, Seed)
         for i in tl.static_range(3):
-            tl.store(RowKeys + i * n_rows + offset, tl.cast(keys[i], tl.int32, bitcast=True), mask=inside)
+            tl.store(RowKeys + i * n_rows + offset, keys[i].to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _load_rows(Rows):
+    """(1 / N, rowsum(dO * O)) of rows, from `_row_statistics`."""
+    both = tl.load(Rows).to(tl.uint64, bitcast=True)
+    return both.to(tl.uint32).to(tl.float32, bitcast=True), (both >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -468,88 +472,93 @@ def _block_gradients(
 
 
 @triton.jit
-def _any_scaled(Scales, head, n_queries, KERNEL: tl.constexpr):
-    """Whether a row of the head was computed with a scale of its own."""
+def _any_scaled(Scales, n_queries, KERNEL: tl.constexpr):
+    """Whether a row of a head was computed with a scale of its own."""
     neutral = 0.0 if KERNEL == 2 else 1.0
     found = tl.zeros([512], tl.int32)
     for start in range(0, n_queries, 512):
         rows = start + tl.arange(0, 512)
-        m = tl.load(Scales + head.to(tl.int64) * n_queries + rows, mask=rows < n_queries, other=neutral)
+        m = tl.load(Scales + rows, mask=rows < n_queries, other=neutral)
         found = tl.maximum(found, (m != neutral).to(tl.int32))
     return tl.max(found, 0)
 
 
 @triton.jit
 def _sum_queries(
-    dk, dv, k, v, Query, Grad, Mask, Inverse, Scales, Delta, RowKeys, QueryGrad, cols, head, begin, end,
-    stride_qt, stride_qd, stride_gt, stride_gd, stride_mt, stride_ms, stride_xt, stride_xd, n_queries, n_keys, n_rows,
+    dk, dv, k, v, Query, Grad, Mask, Rows, Scales, RowKeys, QueryGrad, cols, begin, end,
+    stride_qt, stride_qd, stride_gt, stride_gd, stride_mt, stride_ms, n_queries, n_keys, n_rows,
     scale, c, slope_factor, threshold, factor, finish,
     SCALED: tl.constexpr, MASKED: tl.constexpr, FUSED: tl.constexpr, KERNEL: tl.constexpr, DEGREE: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`dk` and `dv` with what the queries from `begin` to `end` give; FUSED: adds to their own gradient, too."""
+    """`dk` and `dv` with what the queries from `begin` to `end` give; FUSED: adds to their own gradient, too.
+
+    Scores stand as [keys, queries], so that weights go into the products as they lie in registers.
+    """
     HALF: tl.constexpr = k.dtype == tl.float16
     index, features = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     for start in range(begin, end, BLOCK_M):
         q = _tile(Query, start, n_queries, stride_qt, stride_qd, HEAD_DIM, BLOCK_D, BLOCK_M)
         g = _tile(Grad, start, n_queries, stride_gt, stride_gd, HEAD_DIM, BLOCK_D, BLOCK_M)
-        inside = index < n_queries - start
-        offset = head.to(tl.int64) * n_queries + start
-        inverse = tl.load(Inverse + offset + index, mask=inside, other=0.0)
-        delta = tl.load(Delta + offset + index, mask=inside, other=0.0)
-        x = _dot(q, tl.trans(k), PRECISION)
-        inner = _dot(g, tl.trans(v), PRECISION)
+        inverse, delta = _load_rows(Rows + start + index)
+        x = _dot(k, tl.trans(q), PRECISION)
+        inner = _dot(v, tl.trans(g), PRECISION)
         m, seen, kept = inverse, inverse, inverse
         if SCALED:
-            m = tl.load(Scales + offset + index, mask=inside, other=1.0)
+            m = tl.load(Scales + start + index, mask=index < n_queries - start, other=1.0)
         if MASKED:
-            rows = (start + index)[:, None]
-            seen = _visible(Mask, rows, cols[None, :], stride_mt, stride_ms, n_queries, n_keys, CAUSAL, MASK)
+            rows = (start + index)[None, :]
+            seen = _visible(Mask, rows, cols[:, None], stride_mt, stride_ms, n_queries, n_keys, CAUSAL, MASK)
         if DROPOUT:
-            first, second, third = _load_row_keys(RowKeys + offset + index, n_rows, inside)
-            kept = _kept(first[:, None], second[:, None], third[:, None], cols[None, :], threshold)
+            first, second, third = _load_row_keys(RowKeys + start + index, n_rows)
+            kept = _kept(first[None, :], second[None, :], third[None, :], cols[:, None], threshold)
         weights, dz = _block_gradients(
-            x, inner, m[:, None], inverse[:, None], delta[:, None], seen, kept, factor, scale, c, slope_factor,
+            x, inner, m[None, :], inverse[None, :], delta[None, :], seen, kept, factor, scale, c, slope_factor,
             SCALED, MASKED, DROPOUT, KERNEL, DEGREE, HALF,
         )  # fmt: skip
-        dv += _dot(tl.trans(weights.to(g.dtype)), g, PRECISION)
-        dz = dz.to(q.dtype)
-        dk += _dot(tl.trans(dz), q, PRECISION)
+        dv += _dot(_narrow(weights, g), g, PRECISION)
+        dz = _narrow(dz, q)
+        dk += _dot(dz, q, PRECISION)
         if FUSED:
-            dq = _dot(dz, k, PRECISION) * finish
-            pointers = QueryGrad + (tl.full((), 0, tl.int64) + start) * stride_xt
-            pointers += index[:, None] * stride_xt + features[None, :] * stride_xd
-            stored = inside[:, None]
-            if BLOCK_D != HEAD_DIM:
-                stored = stored & (features < HEAD_DIM)[None, :]
-            tl.atomic_add(pointers, dq, mask=stored, sem="relaxed")
+            dq = _dot(tl.trans(dz), k, PRECISION) * finish
+            pointers = QueryGrad + (tl.full((), 0, tl.int64) + start) * HEAD_DIM
+            pointers += index[:, None] * HEAD_DIM + features[None, :]
+            if BLOCK_D == HEAD_DIM:
+                tl.atomic_add(pointers, dq, sem="relaxed")
+            else:
+                tl.atomic_add(pointers, dq, mask=(features < HEAD_DIM)[None, :], sem="relaxed")
     return dk, dv
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _key_gradients(
-    Query, Key, Value, Mask, Grad, Inverse, Scales, Delta, RowKeys, QueryGrad, KeyGrad, ValueGrad,
+    Query, Key, Value, Mask, Grad, Rows, Scales, RowKeys, QueryGrad, KeyGrad, ValueGrad,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mt, stride_ms,
-    stride_gb, stride_gh, stride_gt, stride_gd, stride_xb, stride_xh, stride_xt, stride_xd,
-    stride_yb, stride_yh, stride_ys, stride_yd, stride_wb, stride_wh, stride_ws, stride_wd,
-    n_heads, n_queries, n_keys, n_rows, scale, c, slope_factor, threshold, factor, finish, size_class,
+    stride_gb, stride_gh, stride_gt, stride_gd, stride_yb, stride_yh, stride_ys, stride_yd,
+    stride_wb, stride_wh, stride_ws, stride_wd,
+    n_heads, n_queries, n_keys, n_padded, n_rows, scale, c, slope_factor, threshold, factor, finish,
     FUSED: tl.constexpr, KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys; FUSED: what it gives dq is added in memory, in float32 and in any order."""
+    """dk and dv of a block of keys; FUSED: what it gives dq [B H, padded T, D] is added in memory, in any order."""
     block, head = _place(n_keys, BLOCK_N)
     b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.arange(0, BLOCK_D)
     Query += b * stride_qb + h * stride_qh
     Grad += b * stride_gb + h * stride_gh
-    QueryGrad += b * stride_xb + h * stride_xh
     Mask += b * stride_mb + h * stride_mh
     Key += b * stride_kb + h * stride_kh
     Value += b * stride_vb + h * stride_vh
+    # The padded length is a multiple of every block.
+    padded = tl.multiple_of(head.to(tl.int64) * n_padded, 128)
+    Rows += padded
+    RowKeys += padded
+    QueryGrad += padded * HEAD_DIM
+    Scales += head.to(tl.int64) * n_queries
     k = _tile(Key, block * BLOCK_N, n_keys, stride_ks, stride_kd, HEAD_DIM, BLOCK_D, BLOCK_N)
     v = _tile(Value, block * BLOCK_N, n_keys, stride_vs, stride_vd, HEAD_DIM, BLOCK_D, BLOCK_N)
     end = n_queries
@@ -569,27 +578,27 @@ def _key_gradients(
         whole = tl.minimum(tl.cdiv((block + 1) * BLOCK_N, BLOCK_M) * BLOCK_M, end)
     # Rows with scales of their own are rare: a head without any takes the loop without them.
     scaled_end = begin
-    if _any_scaled(Scales, head, n_queries, KERNEL) > 0:
+    if _any_scaled(Scales, n_queries, KERNEL) > 0:
         scaled_end = end
         end = begin
         whole = begin
     EVERYWHERE: tl.constexpr = KERNEL == 2 or MASK == 2
     dk, dv = _sum_queries(
-        dk, dv, k, v, Query, Grad, Mask, Inverse, Scales, Delta, RowKeys, QueryGrad, cols, head, begin, scaled_end,
-        stride_qt, stride_qd, stride_gt, stride_gd, stride_mt, stride_ms, stride_xt, stride_xd,
+        dk, dv, k, v, Query, Grad, Mask, Rows, Scales, RowKeys, QueryGrad, cols, begin, scaled_end,
+        stride_qt, stride_qd, stride_gt, stride_gd, stride_mt, stride_ms,
         n_queries, n_keys, n_rows, scale, c, slope_factor, threshold, factor, finish, True, True, FUSED,
         KERNEL, DEGREE, CAUSAL, MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
     )  # fmt: skip
     if CAUSAL:
         dk, dv = _sum_queries(
-            dk, dv, k, v, Query, Grad, Mask, Inverse, Scales, Delta, RowKeys, QueryGrad, cols, head, begin, whole,
-            stride_qt, stride_qd, stride_gt, stride_gd, stride_mt, stride_ms, stride_xt, stride_xd,
+            dk, dv, k, v, Query, Grad, Mask, Rows, Scales, RowKeys, QueryGrad, cols, begin, whole,
+            stride_qt, stride_qd, stride_gt, stride_gd, stride_mt, stride_ms,
             n_queries, n_keys, n_rows, scale, c, slope_factor, threshold, factor, finish, False, True, FUSED,
             KERNEL, DEGREE, True, MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
         )  # fmt: skip
     dk, dv = _sum_queries(
-        dk, dv, k, v, Query, Grad, Mask, Inverse, Scales, Delta, RowKeys, QueryGrad, cols, head, whole, end,
-        stride_qt, stride_qd, stride_gt, stride_gd, stride_mt, stride_ms, stride_xt, stride_xd,
+        dk, dv, k, v, Query, Grad, Mask, Rows, Scales, RowKeys, QueryGrad, cols, whole, end,
+        stride_qt, stride_qd, stride_gt, stride_gd, stride_mt, stride_ms,
         n_queries, n_keys, n_rows, scale, c, slope_factor, threshold, factor, finish, False, EVERYWHERE, FUSED,
         KERNEL, DEGREE, False, MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
     )  # fmt: skip
@@ -629,17 +638,17 @@ def _sum_keys_of_gradients(
             x, inner, m[:, None], inverse[:, None], delta[:, None], seen, kept, factor, scale, c, slope_factor,
             SCALED, MASKED, DROPOUT, KERNEL, DEGREE, HALF,
         )  # fmt: skip
-        dq += _dot(dz.to(k.dtype), k, PRECISION)
+        dq += _dot(_narrow(dz, k), k, PRECISION)
     return dq
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _query_gradients(
-    Query, Key, Value, Mask, Grad, Inverse, Scales, Delta, RowKeys, QueryGrad,
+    Query, Key, Value, Mask, Grad, Rows, Scales, RowKeys, QueryGrad,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mt, stride_ms,
     stride_gb, stride_gh, stride_gt, stride_gd, stride_xb, stride_xh, stride_xt, stride_xd,
-    n_heads, n_queries, n_keys, n_rows, scale, c, slope_factor, threshold, factor, finish, size_class,
+    n_heads, n_queries, n_keys, n_padded, n_rows, scale, c, slope_factor, threshold, factor, finish,
     KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -657,15 +666,14 @@ def _query_gradients(
     Grad += b * stride_gb + h * stride_gh
     q = _tile(Query, start, n_queries, stride_qt, stride_qd, HEAD_DIM, BLOCK_D, BLOCK_M)
     g = _tile(Grad, start, n_queries, stride_gt, stride_gd, HEAD_DIM, BLOCK_D, BLOCK_M)
-    offset = head.to(tl.int64) * n_queries + rows
+    padded = head.to(tl.int64) * n_padded + rows
     inside = rows < n_queries
     neutral = 0.0 if KERNEL == 2 else 1.0
-    inverse = tl.load(Inverse + offset, mask=inside, other=0.0)
-    delta = tl.load(Delta + offset, mask=inside, other=0.0)
-    m = tl.load(Scales + offset, mask=inside, other=neutral)
+    inverse, delta = _load_rows(Rows + padded)
+    m = tl.load(Scales + head.to(tl.int64) * n_queries + rows, mask=inside, other=neutral)
     first, second, third = rows, rows, rows
     if DROPOUT:
-        first, second, third = _load_row_keys(RowKeys + offset, n_rows, inside)
+        first, second, third = _load_row_keys(RowKeys + padded, n_rows)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, whole, last, masked_last, seen_from, seen_to = _bounds(
         Mask, start, stride_ms, n_keys, CAUSAL, MASK, BLOCK_M, BLOCK_N
