@@ -5,8 +5,9 @@ from __future__ import annotations
 import fast_cases
 import pytest
 import torch
+from torch import Tensor
 
-from attnpatch.kernels import dispatch, score
+from attnpatch.kernels import dispatch, query_value, query_value_triton, score
 
 KERNELS = [pytest.param(k, id=f"{k[0]}{k[1]}") for k in fast_cases.KERNELS]
 
@@ -70,3 +71,153 @@ def test_compiles_whole(seed: int) -> None:
             results.append((output, *torch.autograd.grad(output, leaves, grad)))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def pairwise_sum(
+    a: Tensor, v: Tensor, gate_q: Tensor, gate_v: Tensor, mix_q: Tensor | None = None, mix_v: Tensor | None = None
+) -> Tensor:
+    """The definition, with the [N, T, S, D] tensors written out."""
+    gate = torch.sigmoid(gate_q.unsqueeze(2) + gate_v.unsqueeze(1))
+    f = v.unsqueeze(1)
+    if mix_q is not None and mix_v is not None:
+        f = torch.tanh(mix_q.unsqueeze(2) + mix_v.unsqueeze(1)) - f
+    return (a.unsqueeze(-1) * gate * f).sum(2)
+
+
+def pairwise_inputs(n_queries: int, n_keys: int, dim: int, phi: str) -> list[Tensor]:
+    weights = torch.softmax(torch.randn(2, n_queries, n_keys), -1)
+    count = 5 if phi == "tanh" else 3
+    return [weights, *(torch.randn(2, n, dim) for n in (n_keys, n_queries, n_keys, n_queries, n_keys)[:count])]
+
+
+def check_pairwise_sum(inputs: list[Tensor], absolute: float = 0.0) -> None:
+    """Fused, output and gradients, against the definition in float64; `absolute` for what is 0 in float32."""
+    results = []
+    grad = torch.randn(inputs[2].shape)
+    for exact in (False, True):
+        leaves = [(x.double() if exact else x).detach().requires_grad_() for x in inputs]
+        padded = [*leaves, *[None] * (6 - len(leaves))]
+        out = pairwise_sum(*leaves) if exact else query_value_triton.gated_value_sum(*padded)
+        results.append((out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))))
+    for name, x, y in zip(("output", "a", "v", "gate_q", "gate_v", "mix_q", "mix_v"), *results, strict=False):
+        # Triton's interpreter rounds to bfloat16 towards zero.
+        allowed = (1e-5 if x.dtype == torch.float32 else 8e-3) * y.norm() + absolute
+        error = (x.double() - y).norm()
+        assert error <= allowed, f"{name}: {error:.1e} > {allowed:.1e}"
+
+
+PHIS = pytest.mark.parametrize("phi", ["product", "tanh"])
+
+
+@PHIS
+@pytest.mark.parametrize(
+    ("n_queries", "n_keys", "dim"), [(19, 21, 64), (1, 9, 20), (17, 1, 8), (5, 18, 128), (18, 6, 80)]
+)
+def test_pairwise_sum(
+    seed: int, monkeypatch: pytest.MonkeyPatch, phi: str, n_queries: int, n_keys: int, dim: int
+) -> None:
+    inputs = pairwise_inputs(n_queries, n_keys, dim, phi)
+    if dim == 64:
+        # Rows without a visible key, weights of any strides.
+        inputs[0][:, 3] = 0.0
+        inputs[0] = inputs[0].transpose(1, 2).contiguous().transpose(1, 2)
+    if dim == 20:
+        inputs[0] = inputs[0].bfloat16()
+    if dim == 80:
+        monkeypatch.setenv("ATTNPATCH_TUNE", "0")
+    check_pairwise_sum(inputs)
+
+
+@PHIS
+@pytest.mark.parametrize("kind", ["large", "larger", "opposite", "spread", "shut", "open", "far"])
+def test_pairwise_sum_of_any_gates(seed: int, phi: str, kind: str) -> None:
+    """Whether their exponentials can be multiplied or not."""
+    inputs = pairwise_inputs(7, 6, 16, phi)
+    gate_q, gate_v = inputs[2:4]
+    if kind in ("large", "larger"):
+        for x in inputs[2:]:
+            x *= 20.0 if kind == "large" else 1e4
+    elif kind == "opposite":
+        gate_q += 100.0 + torch.arange(16.0) * 50
+        gate_v -= 100.0 + torch.arange(16.0) * 50
+    elif kind == "spread":
+        gate_q[:, ::2], gate_v[:, ::2] = 100.0, -100.0
+        gate_q[:, 1::2], gate_v[:, 1::2] = -100.0, 100.0
+    else:
+        gate_q += {"shut": -35.0, "open": 40.0, "far": -60.0}[kind]
+    check_pairwise_sum(inputs, 1e-6 if kind in ("larger", "open") else 0.0)
+
+
+@PHIS
+def test_pairwise_sum_is_saturated_exactly(seed: int, phi: str) -> None:
+    inputs = pairwise_inputs(4, 5, 8, phi)
+    for gate, wanted in ((1e4, 1.0), (-1e4, 0.0)):
+        inputs[2], inputs[3] = torch.full_like(inputs[2], gate), torch.zeros_like(inputs[3])
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = query_value_triton.gated_value_sum(*leaves, *[None] * (6 - len(inputs)))
+        mixed = pairwise_sum(leaves[0], leaves[1], leaves[2] * 0 + 1e4, *leaves[3:])
+        torch.testing.assert_close(out, wanted * mixed, rtol=1e-5, atol=1e-6)
+        gradients = torch.autograd.grad(out.sum(), leaves)
+        assert all(x.isfinite().all() for x in gradients)
+        assert not gradients[2].any()
+
+
+@PHIS
+@pytest.mark.parametrize("garbage", [1e4, -1e4, 3e38])
+def test_pairwise_sum_without_hidden_keys(seed: int, phi: str, garbage: float) -> None:
+    """A key of weight 0 has no influence, whatever finite numbers its value and what is made of it hold."""
+    results = []
+    clean = pairwise_inputs(6, 9, 16, phi)
+    clean[0][..., 6:] = 0.0
+    for filling in (0.0, garbage):
+        inputs = [x.clone() for x in clean]
+        for i in (1, 3, 5)[: 3 if phi == "tanh" else 2]:
+            inputs[i][:, 6:] = filling
+        leaves = [x.requires_grad_() for x in inputs]
+        out = query_value_triton.gated_value_sum(*leaves, *[None] * (6 - len(leaves)))
+        gradients = torch.autograd.grad(out.square().sum(), leaves)
+        assert not any(gradients[i][:, 6:].any() for i in (1, 3, 5)[: len(leaves) // 2])
+        results.append((out, gradients[0][..., :6], *(g[:, :6] for g in gradients[1:])))
+    for x, y in zip(*results, strict=True):
+        assert y.isfinite().all()
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_pairwise_attention_takes_the_fused_sum(seed: int) -> None:
+    """The same as blocks of torch operations, whole and compiled; not where it cannot serve."""
+    tensors = [torch.randn(1, 2, 7, 8).requires_grad_() for _ in range(3)]
+    gates = [torch.randn(shape).requires_grad_() for shape in ((2, 8, 8), (2, 8, 8), (2, 8), (2,))]
+    names = ("gate_query", "gate_value", "gate_bias", "strength")
+    calls: list[int] = []
+    inner = query_value_triton.gated_value_sum
+
+    def attend(*leaves: Tensor, block: int | None = None) -> Tensor:
+        parameters = dict(zip(names, leaves[3:], strict=True))
+        return query_value.query_value_attention(*leaves[:3], is_causal=True, **parameters, block=block)
+
+    def counted(*arguments: Tensor | None) -> Tensor:
+        calls.append(1)
+        return inner(*arguments)
+
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(query_value_triton, "gated_value_sum", counted)
+        attend(*tensors, *gates)
+        assert not calls  # on a CPU only where it is asked for
+        with dispatch.use_implementation("triton"):
+            assert "fused" in str(dispatch.describe()["query_value on cpu"])
+            for block in (None, 3):
+                out = attend(*tensors, *gates, block=block)
+                results.append((out, *torch.autograd.grad(out.sum(), [*tensors, *gates])))
+            attend(*(x.double() for x in (*tensors, *gates)))
+            assert len(calls) == 1
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                torch.autograd.grad(attend(*tensors, *gates).sum(), gates, create_graph=True)
+            with torch.no_grad():
+                torch.testing.assert_close(attend(*tensors, *gates), results[0][0], rtol=0, atol=1e-7)
+    with dispatch.use_implementation("triton"):
+        out = torch.compile(attend, fullgraph=True, backend="aot_eager")(*tensors, *gates)
+        results.append((out, *torch.autograd.grad(out.sum(), [*tensors, *gates])))
+    for other in results[1:]:
+        for x, y in zip(results[0], other, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)

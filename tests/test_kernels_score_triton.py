@@ -32,6 +32,32 @@ for function in (t._forward, t._key_gradients, t._query_gradients, t._row_delta)
     assert built.metadata.shared <= 227 * 1024, built.metadata.shared
 """
 
+COMPILE_QUERY_VALUE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from attnpatch.kernels import query_value_triton as t
+
+for function, dim, tanh in ((t._prepare, 80, False), (t._forward, 80, True), (t._forward, 64, False),
+                            (t._backward, 80, True), (t._backward, 64, False)):
+    block_d = t._block_d(dim)
+    rows, warps, unroll = t._untuned("forward" if function is t._forward else "backward", block_d, tanh)
+    values = dict(TANH=tanh, SLOPES=True, HEAD_DIM=dim, BLOCK_D=block_d, BLOCK_L=64, LANES=t.LANES,
+                  BLOCK=rows, UNROLL=unroll, stride_as=1)
+    constants = {name: values[name] for name in function.arg_names if name in values}
+    kinds = {"Unsafe": "*i32", "factor": "fp32", "Weights": "*bf16", "WeightsGrad": "*bf16"}
+    signature = {
+        name: "constexpr" if name in constants else kinds.get(name, "*fp32" if name[0].isupper() else "i32")
+        for name in function.arg_names
+    }
+    built = triton.compile(
+        ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}
+    )
+    # Rows of the other side have not gone through shared memory.
+    assert built.metadata.shared <= 4096, (function, built.metadata.shared)
+    assert "rcp.approx.ftz.f32" in built.asm["ptx"] or function is t._prepare
+"""
+
 
 def test_in_the_interpreter() -> None:
     here = Path(__file__).parent
@@ -43,8 +69,9 @@ def test_in_the_interpreter() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
-def test_compiles_for_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [COMPILE, COMPILE_QUERY_VALUE], ids=["score", "query_value"])
+def test_compiles_for_a_gpu(tmp_path: Path, code: str) -> None:
     """Without one: what the interpreter does not check is types, and that the blocks fit."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]

@@ -4,7 +4,8 @@ check     every form of the Triton kernels against the plain form in float64, ou
 operator  expressive attention, D = 64, over F.scaled_dot_product_attention and its best backend; plain, FlexAttention
 roberta   a RoBERTa-base training step at T = 512 in bf16, expressive over stock: time and memory
 steps     a training step of neural, alignment and query_value models over stock
-layer     the query_value attention layer at T = 512 in bf16 over the stock one, forward and backward
+layer     the query_value attention layer at T = 512 in bf16 over the stock one, forward and backward, after its fused
+          sum was checked in float32, output and gradients
 solver    the exact value-aware solver over scipy's non-negative least squares
 marian    Marian training and decoding over transformers' own loops
 
@@ -273,9 +274,16 @@ def check(gpu_run: GpuRun) -> None:
 
 
 def _untuned(work: tuple[Any, ...]) -> dict[str, Any]:
-    before = os.environ.get("ATTNPATCH_TUNE")
-    try:
+    with _without_tuning():
         return _checked(work)
+
+
+@contextlib.contextmanager
+def _without_tuning() -> Iterator[None]:
+    before = os.environ.get("ATTNPATCH_TUNE")
+    os.environ["ATTNPATCH_TUNE"] = "0"
+    try:
+        yield
     finally:
         os.environ.pop("ATTNPATCH_TUNE") if before is None else os.environ.__setitem__("ATTNPATCH_TUNE", before)
 
@@ -428,6 +436,37 @@ def steps(gpu_run: GpuRun) -> None:
                 _step(gpu_run, f"{word}, {model}, T = {length}", architecture, spec, rows, length)
 
 
+def _pairwise_errors(phi: str, sizes: tuple[int, int, int, int], device: str) -> dict[str, float]:
+    """Relative errors (norms) of the pairwise query_value form, output and gradients, against itself in float64.
+
+    `sizes` are heads, queries, keys and head size.
+    """
+    import torch
+
+    from attnpatch.kernels.query_value import pairwise_aggregate
+
+    torch.manual_seed(0)
+    heads, n_queries, n_keys, dim = sizes
+    shapes: dict[str, tuple[int, ...]] = {"query": (2, heads, n_queries, dim)}
+    shapes |= {"weights": (2, heads, n_queries, n_keys)}
+    shapes |= {"value": (2, heads, n_keys, dim), "gate_query": (heads, dim, dim), "gate_value": (heads, dim, dim)}
+    shapes |= {"gate_bias": (heads, dim), "strength": (heads,)}
+    if phi == "tanh":
+        shapes |= {"phi_query": (heads, dim, dim), "phi_value": (heads, dim, dim), "phi_bias": (heads, dim)}
+    inputs = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    inputs = {name: x / dim**0.5 if x.shape[1:] == (dim, dim) else x for name, x in inputs.items()}
+    inputs["weights"] = inputs["weights"].softmax(-1)
+    found = []
+    for exact in (False, True):
+        leaves = {name: (x.double() if exact else x).requires_grad_() for name, x in inputs.items()}
+        arguments: dict[str, Any] = {**leaves, "phi": phi}
+        out = pairwise_aggregate(**arguments)
+        grad = torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype, device=device).view_as(out)
+        found.append((out, *torch.autograd.grad(out, list(leaves.values()), grad)))
+    pairs = zip(("output", *inputs), *found, strict=True)
+    return {name: float(((a.double() - b).norm() / b.norm()).detach()) for name, a, b in pairs}
+
+
 def layer(gpu_run: GpuRun) -> None:
     import torch
 
@@ -435,6 +474,12 @@ def layer(gpu_run: GpuRun) -> None:
 
     settings, dry = gpu_run.settings, gpu_run.dry
     batch, tokens = (1, 16) if dry else (16, 512)
+    with _with_triton(gpu_run), _without_tuning():
+        sizes = [(1, 5, 7, 8)] if dry else [(3, 333, 517, 64), (3, 65, 33, 80), (2, 1, 40, 128)]
+        errors = {f"{phi} {s}": _pairwise_errors(phi, s, settings.device) for phi in ("product", "tanh") for s in sizes}
+    gpu_run.results["layer"] = {"fused": errors}
+    if off := {name: found for name, found in errors.items() if not all(x <= 1e-4 for x in found.values())}:
+        raise BenchmarkError(f"query_value, fused: relative errors {off}; nothing was timed")
     exact = AttentionLayer("query_value", 1, tokens, settings.device)
     if not (error := exact.relative_error()) <= ALLOWED:
         raise BenchmarkError(f"query_value: relative error {error:.1e} > {ALLOWED:.0e}; nothing was timed")
@@ -442,7 +487,7 @@ def layer(gpu_run: GpuRun) -> None:
         AttentionLayer(spec, batch, tokens, settings.device, torch.bfloat16) for spec in ("query_value", None)
     )
     timed = compare(ours.both, stock.both, settings.repeats, settings.device)
-    gpu_run.results["layer"] = {f"query_value, T = {tokens}": timed | {"relative_error_float32": error}}
+    gpu_run.results["layer"][f"query_value, T = {tokens}"] = timed | {"relative_error_float32": error}
     settings.say(f"query_value layer, T = {tokens}: {timed['ratio']['median']:.2f} times the stock layer")
 
 
@@ -473,7 +518,7 @@ STAGES: dict[str, tuple[Callable[[GpuRun], None], int]] = {
     "operator": (operator, 60),
     "roberta": (roberta_base, 40),
     "steps": (steps, 30),
-    "layer": (layer, 20),
+    "layer": (layer, 40),
     "solver": (solver, 20),
     "marian": (marian_training, 90),
 }

@@ -8,6 +8,9 @@
 
 The choice is automatic. `ATTNPATCH_KERNEL` in the environment, `use_implementation` or the argument
 `implementation` of the functions ask for one by name, and an error says why if it cannot serve. Softmax is plain.
+
+The sum of the pairwise query_value form is fused in Triton on CUDA and a sum over blocks of torch operations elsewhere;
+`use_implementation("triton")` takes Triton's interpreter for it on a CPU, where that is on.
 """
 
 from __future__ import annotations
@@ -35,9 +38,9 @@ BLOCKED_FROM = 1024
 _asked = os.environ.get(VARIABLE) or "auto"
 
 if importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
-    from attnpatch.kernels import score_triton
+    from attnpatch.kernels import query_value_triton, score_triton
 else:
-    score_triton = None  # type: ignore[assignment]
+    query_value_triton = score_triton = None  # type: ignore[assignment]
 
 
 def asked() -> str:
@@ -148,6 +151,18 @@ def why_not(
     return None
 
 
+def why_not_fused_sum(weights: Tensor, value: Tensor) -> str | None:
+    """Why the pairwise query_value sum is not fused but computed in blocks of torch operations, or None if it is.
+
+    Of weights [N, T, S] and value [N, S, D], in the dtype of the arithmetic.
+    """
+    if query_value_triton is None:
+        return _why_not_triton(weights, value)
+    if value.device.type != "cuda" and _asked != "triton":
+        return f"it runs on CUDA, and value is on {value.device}"
+    return query_value_triton.why_not(weights, value)
+
+
 def _why_not_triton(query: Tensor, value: Tensor) -> str | None:
     if score_triton is None:
         installed = importlib.util.find_spec("triton") is not None
@@ -211,6 +226,9 @@ def describe() -> dict[str, object]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             x = torch.empty(1, 1, 512, 64, dtype=dtype, device=device)
             found[f"{device} {str(dtype).removeprefix('torch.')}"] = _gets(x)
+        x = torch.empty(1, 512, 64, device=device)
+        reason = why_not_fused_sum(x, x)
+        found[f"query_value on {device}"] = "fused (triton)" if reason is None else f"torch, in blocks ({reason})"
     if _asked == "auto":
         found["below"] = f"{BLOCKED_FROM} scores a head the CPU takes plain"
     whole = "without dropout whole attention" if score_native.products() else "elementwise passes (torch has no MKL)"

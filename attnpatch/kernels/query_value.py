@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import SpecError, unknown
+from . import dispatch
 from .once import differentiable_once
 
 GATE_BIAS = -4.0
@@ -330,16 +331,16 @@ def pairwise_aggregate(
 ) -> Tensor:
     """o_i = sum_j a_ij [ g_ij * u_ij + (1 - g_ij) * v_j ] with one gate and one value for each query-key pair.
 
-    Computed as `weights @ value` plus sum_j a_ij g_ij (u_ij - v_j), the second term in blocks of query rows
-    that the backward pass computes again: O(T D + S D + T S) memory, never T x S x D. Not differentiable
-    twice.
+    Computed as `weights @ value` plus sum_j a_ij g_ij (u_ij - v_j), the second term fused (on CUDA, see
+    `attnpatch.kernels.query_value_triton`) or in blocks of query rows, and computed again in the backward pass:
+    O(T D + S D + T S) memory, never T x S x D. Not differentiable twice.
 
     Args:
         query: [B, H, T, D]. value: [B, H, S, D].
         weights: [B, H, T, S]; a zero row gives a zero output, a key of weight 0 has no influence.
         gate_query, gate_value: [H, D, D] (out, in). gate_bias: [H, D]. strength: [H].
         phi: "product", or "tanh" with phi_query and phi_value [H, D, D] and phi_bias [H, D].
-        block: query rows (counted over batch and heads) held at once; None fits the device.
+        block: query rows (counted over batch and heads) held at once, and not fused; None fits the device.
     Returns:
         [B, H, T, D] in the dtype of value.
     Raises:
@@ -374,18 +375,15 @@ def pairwise_aggregate(
         if phi_query is not None and phi_value is not None and phi_bias is not None:
             mix_q = (_per_head(phi_query, q) + phi_bias.to(dtype).unsqueeze(1)).flatten(0, 1)
             mix_v = _per_head(phi_value, v).flatten(0, 1)
-        if block is None:
-            budget = _BLOCK_ELEMENTS_CPU if query.device.type == "cpu" else _BLOCK_ELEMENTS_GPU
-            block = max(1, budget // (keys * dim))
-        mixed = _GatedValueSum.apply(
-            weights.flatten(0, 1),
-            v.flatten(0, 1),
-            gate_q.flatten(0, 1),
-            gate_v.flatten(0, 1),
-            mix_q,
-            mix_v,
-            block,
-        ).view(batch, heads, length, dim)
+        a, values, gates = weights.flatten(0, 1), v.flatten(0, 1), (gate_q.flatten(0, 1), gate_v.flatten(0, 1))
+        if block is None and dispatch.why_not_fused_sum(a, values) is None:
+            mixed = dispatch.query_value_triton.gated_value_sum(a, values, *gates, mix_q, mix_v)
+        else:
+            if block is None:
+                budget = _BLOCK_ELEMENTS_CPU if query.device.type == "cpu" else _BLOCK_ELEMENTS_GPU
+                block = max(1, budget // (keys * dim))
+            mixed = _GatedValueSum.apply(a, values, *gates, mix_q, mix_v, block)
+        mixed = mixed.view(batch, heads, length, dim)
         if phi == "product":
             mixed = (q - 1) * mixed  # u - v = (q - 1) * v, and q does not depend on j
         return base + (_column(strength, dtype) * mixed).to(base.dtype)
