@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import fast_cases
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnpatch.kernels import dispatch, query_value, query_value_triton, score
+from attnpatch.kernels import dispatch, query_value, query_value_triton, score, score_triton
 
 KERNELS = [pytest.param(k, id=f"{k[0]}{k[1]}") for k in fast_cases.KERNELS]
 
@@ -43,6 +48,116 @@ def test_hidden_keys(seed: int, dtype: torch.dtype) -> None:
 def test_dropout(seed: int) -> None:
     for kernel in (("expressive", 2), ("elu", 2)):
         fast_cases.check_dropout("triton", kernel, (40, 24), 0.3)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mask", fast_cases.MASKS)
+def test_deterministic(seed: int, kernel: tuple[str, int], mask: str) -> None:
+    """The gradient of the queries by a kernel of its own."""
+    with deterministic():
+        fast_cases.check_against_oracle("triton", kernel, mask, (19, 37), 20, torch.float32)
+        if mask == "padding":
+            fast_cases.check_dropout("triton", kernel, (20, 24), 0.3)
+            fast_cases.check_magnitudes("triton", kernel, 1e-13, (12, 35))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kernel", KERNELS[:2])
+def test_masks_of_key_ranges(seed: int, kernel: tuple[str, int], fused: bool) -> None:
+    """Keys at the end, the beginning or both hidden take loops without a mask; nothing visible, and holes, do not."""
+    lengths, n = torch.tensor([5, 33, 70, 64, 0, 70]), 70
+    begin = torch.tensor([0, 31, 32, 1, 0, 0])
+    place = torch.arange(n)
+    seen = (place < lengths[:, None]) & (place >= begin[:, None])
+    seen[5, 7] = False
+    query, key, value = (torch.randn(6, 2, length, 16) for length in (21, n, n))
+    # Scores away from 0, as in fast_cases.check_against_oracle.
+    query, key = query.abs() + 0.5, (key.abs() + 0.5) * torch.randn(n, 1).sign()
+    for x in (query, key, value):
+        x.requires_grad_()
+    grad = torch.randn(6, 2, 21, 16)
+    keep = seen[:, None, None]
+    for causal in (False, True):
+        full = keep & torch.ones(21, n, dtype=torch.bool).tril() if causal else keep
+        wanted = score.kernel_attention(
+            query, key, value, full, scale=0.25, kernel=kernel[0], degree=kernel[1], implementation="plain"
+        )
+        with contextlib.nullcontext() if fused else deterministic():
+            options = (*kernel, 0.25, causal, 0.0, True)
+            found = score_triton.triton_attention(query, key, value, keep, None, *options)
+            gradients = torch.autograd.grad(found, (query, key, value), grad)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        for a, b in zip(gradients, torch.autograd.grad(wanted, (query, key, value), grad), strict=True):
+            # The true gradient of a row that sees one key is 0.
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e4, -0.5])
+def test_any_scale(seed: int, scale: float) -> None:
+    """Beyond what c = 1 / scale^2 can say in float32, too."""
+    query, key, value = fast_cases.make_inputs(12, 20, 16, torch.float32)
+    grad = torch.randn(2, 3, 12, 16)
+    arguments = {"kernel": "expressive", "scale": scale}
+    results, expected = (
+        fast_cases.run(name, [query, key, value], grad, torch.float32, **arguments) for name in ("triton", "plain")
+    )
+    for what, (a, b) in enumerate(zip(results, expected, strict=True)):
+        if scale != 1e4 or what in (0, 3):  # there every weight is one, and the gradient is rounding
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+def test_dropped_weights_are_independent(seed: int) -> None:
+    """Sums over rows and columns vary as sums of independent choices do; neighbours do not go together."""
+    n_query, n_key, p = 96, 256, 0.3
+    query, key = torch.randn(1, 4, n_query, 128), torch.randn(1, 4, n_key, 128)
+    value = torch.eye(n_key).expand(1, 4, -1, -1)[..., :128]
+    kept = []
+    for part in (value[:, :, :, :128], value.roll(128, 2)):
+        torch.manual_seed(seed)
+        output = score.kernel_attention(query, key, part, None, p, kernel="elu", implementation="triton")
+        kept.append(output != 0.0)
+    x = (torch.cat(kept, -1).double() - (1.0 - p)) / (p * (1.0 - p)) ** 0.5  # mean 0, variance 1
+    for dim, count in ((-1, n_key), (-2, n_query)):
+        sums = x.sum(dim).square() / count
+        assert abs(sums.mean() - 1.0) < 6.0 * (2.0 / sums.numel()) ** 0.5
+    for shift in (1, 2, 8, 64):
+        for a, b in ((x[..., shift:], x[..., :-shift]), (x[..., shift:, :], x[..., :-shift, :])):
+            assert abs((a * b).mean()) < 6.0 / a.numel() ** 0.5
+    heads = (x[:, 1:] * x[:, :-1]).mean()
+    assert abs(heads) < 6.0 / x[:, 1:].numel() ** 0.5
+
+
+def test_no_second_derivative(seed: int) -> None:
+    x = torch.randn(1, 1, 5, 8, requires_grad=True)
+    output = score.kernel_attention(x, x, x, kernel="expressive", implementation="triton")
+    (grad,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+def test_seen_by_dispatch_modes(seed: int) -> None:
+    """Counters and selective checkpointing see an operator, which eager calls otherwise go without."""
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(1, 1, 5, 8)
+    plain = score.kernel_attention(x, x, x, kernel="expressive", implementation="triton")
+    with Mode():
+        assert torch.equal(plain, score.kernel_attention(x, x, x, kernel="expressive", implementation="triton"))
+    assert any("triton_attention" in name for name in seen)
 
 
 def test_strides(seed: int) -> None:

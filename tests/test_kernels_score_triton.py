@@ -16,20 +16,24 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from attnpatch.kernels import score_triton as t
+from attnpatch.kernels import score_triton_device as t
 
-for function in (t._forward, t._key_gradients, t._query_gradients, t._row_delta):
-    values = dict(KERNEL=0, DEGREE=2, CAUSAL=False, HAS_MASK=True, DROPOUT=True, HEAD_DIM=80, BLOCK_D=128,
+kinds = {"Mask": "*u8", "Sums": "*fp32", "Scales": "*fp32", "Rows": "*i64", "RowKeys": "*i32", "Seed": "*i64",
+         "scale": "fp32", "c": "fp32", "slope_factor": "fp32", "factor": "fp32", "finish": "fp32", "threshold": "i64"}
+for function, mask, fused in ((t._forward, 1, False), (t._forward, 2, False), (t._key_gradients, 1, True),
+                              (t._query_gradients, 1, False), (t._row_statistics, 0, False)):
+    values = dict(KERNEL=0, DEGREE=2, CAUSAL=True, MASK=mask, DROPOUT=True, HEAD_DIM=80, BLOCK_D=128, FUSED=fused,
                   PRECISION="tf32", BLOCK_M=64, BLOCK_N=64, RESIDUAL=True)
     constants = {name: values[name] for name in function.arg_names if name in values}
-    kinds = {"Mask": "*u8", "Sums": "*fp32", "Scales": "*fp32", "Delta": "*fp32", "Inverse": "*fp32",
-             "scale": "fp32", "factor": "fp32", "Seed": "*i64", "threshold": "i64"}
+    pointers = {"QueryGrad": "*fp32" if fused else "*bf16", **kinds}
     signature = {
-        name: "constexpr" if name in constants else kinds.get(name, "*bf16" if name[0].isupper() else "i32")
+        name: "constexpr" if name in constants else pointers.get(name, "*bf16" if name[0].isupper() else "i32")
         for name in function.arg_names
     }
     built = triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert built.metadata.shared <= 227 * 1024, built.metadata.shared
+    # Products by warp groups, and no conversion of single numbers in the loops.
+    assert "wgmma" in built.asm["ptx"] or function is t._row_statistics
 """
 
 COMPILE_QUERY_VALUE = """

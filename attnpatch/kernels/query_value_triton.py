@@ -46,7 +46,7 @@ from attnpatch.kernels import score_triton
 from attnpatch.kernels.once import differentiable_once
 from attnpatch.kernels.score_triton import MAX_HEAD_DIM, tuning
 
-_INTERPRETED = score_triton._INTERPRETED
+_INTERPRETED = score_triton.INTERPRETED
 # Triton's interpreter has no inline assembly.
 INTERPRETED = tl.constexpr(_INTERPRETED)
 

@@ -181,8 +181,9 @@ def _launch(name: str, length: int, call: _Call, block: str, *arguments: Any, **
             best = tuner.best_config
             _chosen[kind] = (best.kwargs["BLOCK_M"], best.kwargs["BLOCK_N"], best.num_warps, best.num_stages)
             return
-    m, n, warps, stages, *registers = sizes
-    if registers: constants["maxnreg"] = registers[0]
+    m, n, warps, stages = sizes[:4]
+    if len(sizes) > 4:
+        constants["maxnreg"] = sizes[4]
     tuner.fn[grid](*arguments, **constants, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
 
 
