@@ -112,7 +112,9 @@ def test_any_scale(seed: int, scale: float) -> None:
     )
     for what, (a, b) in enumerate(zip(results, expected, strict=True)):
         if scale != 1e4 or what in (0, 3):  # there every weight is one, and the gradient is rounding
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+            # Beside scores of 1e4 those near 0 are the rounding of their products.
+            tolerance = 1e-3 if scale == 1e4 else 1e-4
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=0.1 * tolerance * float(b.abs().max()))
 
 
 def test_dropped_weights_are_independent(seed: int) -> None:

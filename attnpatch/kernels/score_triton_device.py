@@ -126,7 +126,8 @@ def _scaled_strength(z, m, KERNEL: tl.constexpr, DEGREE: tl.constexpr):
     elif KERNEL == 1:
         f = _power(z * unit, DEGREE) + added
     else:
-        f = (tl.exp(tl.minimum(z, 0.0) - tl.minimum(m, 0.0)) + tl.maximum(z, 0.0)) * unit
+        # m is the largest score, but for the rounding of a product whose factors have changed places.
+        f = (tl.exp(tl.minimum(tl.minimum(z, 0.0) - tl.minimum(m, 0.0), 0.0)) + tl.maximum(z, 0.0)) * unit
     return f
 
 
@@ -142,7 +143,7 @@ def _scaled_slope(z, m, KERNEL: tl.constexpr, DEGREE: tl.constexpr):
     elif KERNEL == 1:
         d = (DEGREE * unit) * _power(z * unit, DEGREE - 1)
     else:
-        d = tl.exp(tl.minimum(z, 0.0) - tl.minimum(m, 0.0)) * unit
+        d = tl.exp(tl.minimum(tl.minimum(z, 0.0) - tl.minimum(m, 0.0), 0.0)) * unit
     return d
 
 
