@@ -30,8 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SpecError, unknown
-from .alignment_networks import apply_network
+from . import dispatch
+from .alignment_networks import apply_network, serves_triton
 from .once import differentiable_once
+
+if dispatch.score_triton is not None:
+    from . import alignment_triton
 
 METHODS = ("ct", "gan", "ot", "mmd")
 REDUCTIONS = ("mean", "sum", "none")
@@ -56,7 +60,10 @@ class _Tokens:
         return x[:, :, : self.length], x[:, :, self.length :]
 
 
-def _prepare(query: Tensor, key: Tensor, key_padding_mask: Tensor | None, query_padding_mask: Tensor | None) -> _Tokens:
+def _checked(
+    query: Tensor, key: Tensor, key_padding_mask: Tensor | None, query_padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The masks of queries and keys, both or neither."""
     if query.dim() != 4 or key.dim() != 4 or query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
         raise SpecError(
             "query and key have to be [batch, heads, length, head_dim] and may differ in length only;"
@@ -73,13 +80,21 @@ def _prepare(query: Tensor, key: Tensor, key_padding_mask: Tensor | None, query_
                 f"{name} has to be bool (True: padding) of shape {(x.shape[0], x.shape[2])} (batch, length);"
                 f" got {mask.dtype} {tuple(mask.shape)}"
             )
+    if query_padding_mask is None and key_padding_mask is None:
+        return None, None
+    q_padding, k_padding = (
+        torch.zeros(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device) if mask is None else mask
+        for x, mask in ((query, query_padding_mask), (key, key_padding_mask))
+    )
+    return q_padding, k_padding
+
+
+def _prepare(query: Tensor, key: Tensor, padding: tuple[Tensor, Tensor] | tuple[None, None]) -> _Tokens:
     dtype = torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
     tokens = torch.cat([query, key], dim=2).to(dtype)
-    if query_padding_mask is None and key_padding_mask is None:
+    q_padding, k_padding = padding
+    if q_padding is None or k_padding is None:
         return _Tokens(tokens, query.shape[2], None, None)
-    none_padded = [torch.zeros(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device) for x in (query, key)]
-    q_padding = none_padded[0] if query_padding_mask is None else query_padding_mask
-    k_padding = none_padded[1] if key_padding_mask is None else key_padding_mask
     tokens = tokens.masked_fill_(torch.cat([q_padding, k_padding], dim=1)[:, None, :, None], 0.0)
     return _Tokens(tokens, query.shape[2], ~q_padding, ~k_padding)
 
@@ -223,6 +238,10 @@ def _transport_losses(
 def _ratio(x: Tensor, y: Tensor) -> Tensor:
     """x / y, and 0 where y is 0."""
     return (x / y.masked_fill(y == 0, 1.0)).masked_fill(y == 0, 0.0)
+
+
+def _serves_both(navigator: nn.Module, critic: nn.Module, query: Tensor, key: Tensor) -> bool:
+    return serves_triton(navigator, query, key) and serves_triton(critic, query, key)
 
 
 def _adversarial(tokens: _Tokens, discriminator: nn.Module) -> Tensor:
@@ -430,7 +449,14 @@ def alignment_loss(
         )
     width = _check_bandwidth(bandwidth)
     with torch.autocast(query.device.type, enabled=False):
-        tokens = _prepare(query, key, key_padding_mask, query_padding_mask)
+        padding = _checked(query, key, key_padding_mask, query_padding_mask)
+        if reduction != "none":
+            # What cannot be averaged afterwards is averaged in there.
+            if discriminator is not None and serves_triton(discriminator, query, key):
+                return alignment_triton.adversarial(query, key, padding, discriminator, reduction == "mean")
+            if navigator is not None and critic is not None and _serves_both(navigator, critic, query, key):
+                return alignment_triton.transport(query, key, padding, navigator, critic, reduction == "mean")
+        tokens = _prepare(query, key, padding)
         if method == "ct":
             loss = _conditional_transport(tokens, navigator, critic)
         elif method == "ot":
@@ -463,5 +489,5 @@ def mmd(
         raise SpecError(unknown("reduction", reduction, allowed))
     width = _check_bandwidth(bandwidth)
     with torch.autocast(query.device.type, enabled=False):
-        tokens = _prepare(query, key, key_padding_mask, query_padding_mask)
+        tokens = _prepare(query, key, _checked(query, key, key_padding_mask, query_padding_mask))
         return _reduce(_mean_discrepancy(tokens, width), tokens.q_valid, tokens.k_valid, reduction)

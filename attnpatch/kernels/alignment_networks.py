@@ -3,7 +3,8 @@ are applied.
 
 The tokens of a layer are many and the networks narrow: on a CPU, memory traffic is most of their price. There they
 take some thousand tokens at a time, which stay in the cache, keep the input alone, and compute the rest again in
-the backward pass. Everywhere else, and for networks of other classes, it is autograd's business.
+the backward pass; on CUDA Triton's kernels do (`attnpatch.kernels.alignment_networks_triton`). Everywhere else, and for
+networks of other classes, it is autograd's business.
 """
 
 from __future__ import annotations
@@ -15,6 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from . import dispatch
+
+if dispatch.score_triton is not None:
+    from . import alignment_networks_triton
+else:
+    alignment_networks_triton = None
 
 # Tokens of one pass: with two threads 1,024 and all at once were slower by some percent of a training step.
 _TOKENS = 4096
@@ -111,6 +119,8 @@ def apply_network(module: nn.Module | None, x: Tensor, adversary: bool = False) 
     """
     if module is None:
         return x
+    if x.dtype == torch.float32 and serves_triton(module, x):
+        return alignment_networks_triton.apply_fused(module, x, adversary, type(module) is Discriminator)
     if _is_fused(module, x):
         weights = (None if p is None else p.to(x.dtype) for p in _ordered(module))
         return _Narrow.apply(x, adversary, type(module) is Discriminator, *weights)
@@ -131,11 +141,23 @@ def _called(module: nn.Module, x: Tensor) -> Tensor:
     return functional_call(module, {name: p.to(x.dtype) for name, p in module.named_parameters()}, (x,))
 
 
-def _is_fused(module: nn.Module, x: Tensor) -> bool:
-    """True if `_Narrow` computes what `module` would: our own classes, with nothing put in or hung on."""
-    if torch.compiler.is_compiling() or type(module) not in _NETWORKS or nn.modules.module._has_any_global_hook():
+def serves_triton(module: nn.Module, *tokens: Tensor) -> bool:
+    """True if the Triton kernels compute what `module` would of these tokens [..., D], of one device and dtype."""
+    if alignment_networks_triton is None or dispatch.asked() == "plain" or not _is_ours(module):
         return False
+    return alignment_networks_triton.why_not(module, *tokens) is None
+
+
+def _is_fused(module: nn.Module, x: Tensor) -> bool:
+    """True if `_Narrow` computes what `module` would."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.numel() == 0:
+        return False
+    return _is_ours(module)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """True if there is nothing to `module` but its weights: our own classes, with nothing put in or hung on."""
+    if torch.compiler.is_compiling() or type(module) not in _NETWORKS or nn.modules.module._has_any_global_hook():
         return False
     for part in module.modules():
         hooks = part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks

@@ -1,0 +1,486 @@
+"""The device code of the alignment losses' networks (`attnpatch.kernels.alignment_networks`), for Triton.
+
+A program takes blocks of tokens one after another. What a network does to a block stays in registers and shared
+memory; the backward pass computes it again from the tokens, and a program keeps the sums of its weights' gradients
+until it has no blocks left. The programs' sums are added up afterwards, always in the same order.
+
+Products are of numbers split into parts of bfloat16, each of what the one before left over: of three parts for float32
+tokens, whose six products are right to float32's last bits, and of two for tokens in half precision, whose three are
+right to about 2^-17. Tokens that are bfloat16 are one part. TF32's products would take as long, and shared memory for
+every matrix and its transpose.
+
+The tokens are queries and keys, [B, H, T, D] each, of any strides but of D; a program belongs to one side.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnpatch.kernels.score_triton_device import PTX, UPCAST, _reciprocal
+
+# What a forward pass gives, and where the gradient of its result comes from.
+PLAIN = tl.constexpr(0)  # the network's result; its gradient from memory
+LOSS = tl.constexpr(1)  # the sum of weighted log sigmoids of a discriminator; its gradient from there
+HALVES = tl.constexpr(
+    2
+)  # the result as two of bfloat16 (of float32 tokens as it is); its gradient from memory, times a number on the device
+UNIT = tl.constexpr(3)  # as HALVES, of length 1, and what it was divided by
+
+TINY = tl.constexpr(1e-12)  # the square of a length below which a vector has no direction
+SLOPE = tl.constexpr(0.01)  # of leaky_relu
+_PAIR = tl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
+_UNPAIR = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+UNSPECIALISED = ["n_heads", "n_queries", "n_keys", "query_rows", "key_rows", "query_programs", "key_programs"]
+
+
+@triton.jit
+def _rounded(x):
+    """(x as bfloat16, that in float32)."""
+    if UPCAST:
+        # The interpreter cuts the digits that a GPU rounds.
+        bits = x.to(tl.uint32, bitcast=True)
+        wide = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return wide.to(tl.bfloat16), wide
+    elif PTX:
+        # In pairs; Triton would convert what is wanted in float32, too, one by one.
+        rounded = tl.inline_asm_elementwise(_PAIR, "=r,f,f", [x], tl.bfloat16, True, 2)
+        return rounded, tl.inline_asm_elementwise(_UNPAIR, "=r,=r,r", [rounded], tl.float32, True, 2)
+    else:
+        rounded = x.to(tl.bfloat16)
+        return rounded, rounded.to(tl.float32)
+
+
+@triton.jit
+def split(x, PARTS: tl.constexpr):
+    """float32 as the sum of three of bfloat16, the third without meaning if PARTS is 2."""
+    high, wide = _rounded(x)
+    x -= wide
+    low, wide = _rounded(x)
+    lowest = low
+    if PARTS == 3:
+        lowest, _ = _rounded(x - wide)
+    return high, low, lowest
+
+
+@triton.jit
+def flipped(a):
+    """The parts transposed."""
+    return tl.trans(a[0]), tl.trans(a[1]), tl.trans(a[2])
+
+
+@triton.jit
+def _dot(a, b, total):
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total)
+
+
+@triton.jit
+def product(a, b, total, A: tl.constexpr, B: tl.constexpr):
+    """total + a b, of A and B parts: the smallest products first, and those below the last part not at all."""
+    if A == 3 or B == 3:
+        if A == 3:
+            total = _dot(a[2], b[0], total)
+        if A > 1 and B > 1:
+            total = _dot(a[1], b[1], total)
+        if B == 3:
+            total = _dot(a[0], b[2], total)
+    if A > 1:
+        total = _dot(a[1], b[0], total)
+    if B > 1:
+        total = _dot(a[0], b[1], total)
+    return _dot(a[0], b[0], total)
+
+
+@triton.jit
+def _place(
+    index, n_rows, length, n_heads, stride_b, stride_h, stride_t, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """Of a block of tokens in the order [B, H, T]: the row in that order, whether it is one, its b and t, its offset.
+
+    WHOLE: the lengths are multiples of the block, which then has one b.
+    """
+    rows = index * BLOCK + tl.arange(0, BLOCK)
+    if WHOLE:
+        problem = index * BLOCK // length
+        t = rows - problem * length
+    else:
+        problem, t = rows // length, rows % length
+    b, h = problem // n_heads, problem % n_heads
+    if not WHOLE:
+        b = tl.where(rows < n_rows, b, 0)
+    offset = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + t.to(tl.int64) * stride_t
+    return rows, rows < n_rows, b, t, offset
+
+
+@triton.jit
+def _counted(Padding, inside, b, t, length, MASKED: tl.constexpr):
+    """Which rows are tokens and no padding."""
+    if MASKED:
+        inside = inside & (tl.load(Padding + b * length + t, mask=inside, other=1) == 0)
+    return inside
+
+
+@triton.jit
+def _tokens(X, offset, valid, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):
+    """[rows, D], zero at padding: (its parts, float32)."""
+    features = tl.arange(0, BLOCK_D)
+    mask = valid[:, None]
+    if BLOCK_D != DIM:
+        mask = mask & (features < DIM)[None, :]
+    x = tl.load(X + offset[:, None] + features[None, :], mask=mask, other=0.0)
+    wide = x.to(tl.float32)
+    if X.dtype.element_ty == tl.bfloat16:
+        return (x, x, x), wide
+    else:
+        return split(wide, PARTS), wide
+
+
+@triton.jit
+def _matrix(
+    W, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """A weight [ROWS, COLUMNS], zero beyond, in parts."""
+    rows, columns = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    w = tl.load(W + rows * COLUMNS + columns, mask=(rows < ROWS) & (columns < COLUMNS), other=0.0)
+    return split(w.to(tl.float32), PARTS)
+
+
+@triton.jit
+def _vector(W, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    return tl.load(W + index, mask=index < SIZE, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _bias(B, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """A bias whose product with ones it is itself: [16, BLOCK], its three parts and zeros.
+
+    As a vector it would stay in registers, of which there are few.
+    """
+    part = tl.arange(0, 16)[:, None]
+    index = tl.arange(0, BLOCK)[None, :] + part * 0
+    b = tl.load(B + index, mask=index < SIZE, other=0.0).to(tl.float32)
+    _, high = _rounded(b)
+    _, low = _rounded(b - high)
+    return tl.where(part == 0, high, tl.where(part == 1, low, tl.where(part == 2, b - high - low, 0.0))).to(tl.bfloat16)
+
+
+@triton.jit
+def _store_sums(Sums, w, b, SIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The gradients of a weight [ROWS, COLUMNS] and its bias, one after the other; b: [rows, 16], all columns alike."""
+    rows, columns = tl.arange(0, w.shape[0]), tl.arange(0, w.shape[1])
+    pointers = Sums + rows[:, None] * COLUMNS + columns[None, :]
+    tl.store(pointers, w * SIGN, mask=(rows < ROWS)[:, None] & (columns < COLUMNS)[None, :])
+    tl.store(Sums + ROWS * COLUMNS + rows, tl.max(b, 1) * SIGN, mask=rows < ROWS)
+
+
+@triton.jit
+def _gate(x, wide, g, g_bias, r, r_bias, ones, X_PARTS: tl.constexpr, PARTS: tl.constexpr):
+    """The gate, relu of the transformed tokens, and what the highway makes of both."""
+    zero = tl.zeros(wide.shape, tl.float32)
+    gate = product(x, flipped(g), _dot(ones, g_bias, zero), X_PARTS, PARTS)
+    transformed = product(x, flipped(r), _dot(ones, r_bias, zero), X_PARTS, PARTS)
+    gate = _reciprocal(1.0 + tl.exp(-gate))
+    transformed = tl.maximum(transformed, 0.0)
+    return gate, transformed, wide + gate * (transformed - wide)
+
+
+@triton.jit
+def _leaky(x):
+    return tl.where(x > 0, x, x * SLOPE)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def network_forward(
+    Query, Key, QueryPadding, KeyPadding, Shares, Out, OutLow, Inverse,
+    GateW, GateB, TransformW, TransformB, InnerW, InnerB, OuterW, OuterB,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    n_heads, n_queries, n_keys, query_rows, key_rows, query_programs, key_programs,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, HIGHWAY: tl.constexpr, RESULT: tl.constexpr,
+    DIM: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """LOSS: each program's part of the loss to Out. Otherwise [queries' rows + keys' rows, OUT], OUT = 1 or DIM.
+
+    Shares: [2, B], the weight of a query's and of a key's log sigmoid in the loss.
+    """
+    program = tl.program_id(0)
+    queries = program < query_programs
+    X, Padding, length, n_rows, step = Query, QueryPadding, n_queries, query_rows, query_programs
+    stride_b, stride_h, stride_t, first_row, sign = stride_qb, stride_qh, stride_qt, 0, 1.0
+    if not queries:
+        X, Padding, length, n_rows, step = Key, KeyPadding, n_keys, key_rows, key_programs
+        stride_b, stride_h, stride_t, first_row, sign = stride_kb, stride_kh, stride_kt, query_rows, -1.0
+        program -= query_programs
+        if RESULT == LOSS:
+            Shares += query_rows // (n_heads * n_queries)
+    PARTS: tl.constexpr = 3 if Query.dtype.element_ty == tl.float32 else 2
+    X_PARTS: tl.constexpr = 1 if Query.dtype.element_ty == tl.bfloat16 else PARTS
+    features = tl.arange(0, BLOCK_D)
+    g = _matrix(GateW, DIM, DIM, BLOCK_D, BLOCK_D, PARTS)
+    r = _matrix(TransformW, DIM, DIM, BLOCK_D, BLOCK_D, PARTS)
+    g_bias, r_bias = _bias(GateB, DIM, BLOCK_D), _bias(TransformB, DIM, BLOCK_D)
+    i = _matrix(InnerW, HIDDEN, DIM, BLOCK_H, BLOCK_D, PARTS)
+    i_bias = _bias(InnerB, HIDDEN, BLOCK_H)
+    if OUT == 1:
+        o_bias = tl.load(OuterB).to(tl.float32)
+        o_vector = _vector(OuterW, HIDDEN, BLOCK_H)
+    else:
+        o = _matrix(OuterW, DIM, HIDDEN, BLOCK_D, BLOCK_H, PARTS)
+        o_bias = _bias(OuterB, DIM, BLOCK_D)
+    ones = tl.full([BLOCK_M, 16], 1.0, tl.float32).to(tl.bfloat16)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for index in range(program, tl.cdiv(n_rows, BLOCK_M), step):
+        rows, inside, b, t, offset = _place(
+            index, n_rows, length, n_heads, stride_b, stride_h, stride_t, BLOCK_M, WHOLE
+        )
+        valid = _counted(Padding, inside, b, t, length, MASKED)
+        x, wide = _tokens(X, offset, valid, DIM, BLOCK_D, PARTS)
+        zero = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+        if HIGHWAY:
+            _, _, mixed = _gate(x, wide, g, g_bias, r, r_bias, ones, X_PARTS, PARTS)
+            mixed = split(mixed, PARTS)
+            hidden = product(mixed, flipped(i), _dot(ones, i_bias, zero), PARTS, PARTS)
+        else:
+            hidden = product(x, flipped(i), _dot(ones, i_bias, zero), X_PARTS, PARTS)
+        hidden = _leaky(hidden)
+        rows += first_row
+        if OUT == 1:
+            result = tl.sum(hidden * o_vector[None, :], 1) + o_bias
+            if RESULT == LOSS:
+                share = tl.where(valid, tl.load(Shares + b), 0.0)
+                result *= sign
+                result = tl.minimum(result, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(result)))
+                total += share * result
+            else:
+                tl.store(Out + rows, result, mask=inside)
+        else:
+            hidden = split(hidden, PARTS)
+            zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            result = product(hidden, flipped(o), _dot(ones, o_bias, zero), PARTS, PARTS)
+            stored = inside[:, None] & (features < DIM)[None, :]
+            pointers = rows.to(tl.int64)[:, None] * DIM + features[None, :]
+            if RESULT == PLAIN:
+                tl.store(Out + pointers, result, mask=stored)
+            else:
+                if RESULT == UNIT:
+                    square = tl.sum(tl.where((features < DIM)[None, :], result * result, 0.0), 1)
+                    inverse = tl.where(square > TINY, tl.rsqrt(tl.maximum(square, TINY)), 0.0)
+                    tl.store(Inverse + rows, inverse, mask=inside)
+                    result *= inverse[:, None]
+                if PARTS == 3:
+                    tl.store(Out + pointers, result, mask=stored)
+                else:
+                    high, low, _ = split(result, PARTS)
+                    tl.store(Out + pointers, high, mask=stored)
+                    tl.store(OutLow + pointers, low, mask=stored)
+    if RESULT == LOSS:
+        tl.store(Out + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def _backward(
+    X, Padding, Shares, Grad, factor, Before, TokenGrad, Sums,
+    GateW, GateB, TransformW, TransformB, InnerW, InnerB, OuterW, OuterB,
+    stride_b, stride_h, stride_t, n_heads, length, n_rows, first_row, sign, start, step,
+    TOKENS: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, HIGHWAY: tl.constexpr,
+    RESULT: tl.constexpr, ADDED: tl.constexpr, SIGN: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
+    OUT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """TOKENS: the gradients of the tokens and of the inner and outer weights; GATES: of the highway's weights."""
+    PARTS: tl.constexpr = 3 if X.dtype.element_ty == tl.float32 else 2
+    X_PARTS: tl.constexpr = 1 if X.dtype.element_ty == tl.bfloat16 else PARTS
+    features, units = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_H)
+    g = _matrix(GateW, DIM, DIM, BLOCK_D, BLOCK_D, PARTS)
+    r = _matrix(TransformW, DIM, DIM, BLOCK_D, BLOCK_D, PARTS)
+    g_bias, r_bias = _bias(GateB, DIM, BLOCK_D), _bias(TransformB, DIM, BLOCK_D)
+    i = _matrix(InnerW, HIDDEN, DIM, BLOCK_H, BLOCK_D, PARTS)
+    i_bias = _bias(InnerB, HIDDEN, BLOCK_H)
+    if OUT == 1:
+        o_bias = tl.load(OuterB).to(tl.float32)
+        o_vector = _vector(OuterW, HIDDEN, BLOCK_H)
+        d_o_vector = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+        d_o_bias = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        o = _matrix(OuterW, DIM, HIDDEN, BLOCK_D, BLOCK_H, PARTS)
+        d_o = tl.zeros([BLOCK_D, BLOCK_H], tl.float32)
+        d_o_sums = tl.zeros([BLOCK_D, 16], tl.float32)
+    ones = tl.full([BLOCK_M, 16], 1.0, tl.float32).to(tl.bfloat16)  # biases and sums over tokens are products, too
+    d_i = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    d_i_sums = tl.zeros([BLOCK_H, 16], tl.float32)
+    d_g = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    d_g_sums = tl.zeros([BLOCK_D, 16], tl.float32)
+    d_r = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    d_r_sums = tl.zeros([BLOCK_D, 16], tl.float32)
+    for index in range(start, tl.cdiv(n_rows, BLOCK_M), step):
+        rows, inside, b, t, offset = _place(
+            index, n_rows, length, n_heads, stride_b, stride_h, stride_t, BLOCK_M, WHOLE
+        )
+        valid = _counted(Padding, inside, b, t, length, MASKED)
+        x, wide = _tokens(X, offset, valid, DIM, BLOCK_D, PARTS)
+        zero = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+        if HIGHWAY:
+            gate, transformed, mixed = _gate(x, wide, g, g_bias, r, r_bias, ones, X_PARTS, PARTS)
+            # Of the gate's and the transformed tokens' results, by what their layers give.
+            g_slope = gate * (1.0 - gate) * (transformed - wide)
+            r_slope = tl.where(transformed > 0, gate, 0.0)
+            mixed = split(mixed, PARTS)
+            hidden = product(mixed, flipped(i), _dot(ones, i_bias, zero), PARTS, PARTS)
+        else:
+            mixed = x
+            hidden = product(x, flipped(i), _dot(ones, i_bias, zero), X_PARTS, PARTS)
+        hidden = _leaky(hidden)
+        if OUT == 1:
+            if RESULT == LOSS:
+                logit = sign * (tl.sum(hidden * o_vector[None, :], 1) + o_bias)
+                share = tl.where(valid, tl.load(Shares + b), 0.0)
+                d_out = (share * factor * sign) / (1.0 + tl.exp(logit))
+            else:
+                d_out = tl.load(Grad + rows + first_row, mask=inside, other=0.0)
+            if TOKENS:
+                d_o_vector += d_out[:, None] * hidden
+                d_o_bias += d_out
+            d_hidden = d_out[:, None] * o_vector[None, :]
+        else:
+            pointers = (rows + first_row).to(tl.int64)[:, None] * DIM + features[None, :]
+            loaded = inside[:, None] & (features < DIM)[None, :]
+            d_out = tl.load(Grad + pointers, mask=loaded, other=0.0) * factor
+            d = split(d_out, PARTS)
+            if TOKENS:
+                d_o = product(flipped(d), split(hidden, PARTS), d_o, PARTS, PARTS)
+                d_o_sums = product(flipped(d), (ones, ones, ones), d_o_sums, PARTS, 1)
+            d_hidden = product(d, o, zero, PARTS, PARTS)
+        d = split(tl.where(hidden > 0, d_hidden, d_hidden * SLOPE), PARTS)
+        if TOKENS:
+            d_i = product(flipped(d), mixed, d_i, PARTS, PARTS if HIGHWAY else X_PARTS)
+            d_i_sums = product(flipped(d), (ones, ones, ones), d_i_sums, PARTS, 1)
+        zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        d_x = product(d, i, zero, PARTS, PARTS)
+        if HIGHWAY:
+            d_gate, d_transformed = split(d_x * g_slope, PARTS), split(d_x * r_slope, PARTS)
+            if GATES:
+                d_g = product(flipped(d_gate), x, d_g, PARTS, X_PARTS)
+                d_g_sums = product(flipped(d_gate), (ones, ones, ones), d_g_sums, PARTS, 1)
+                d_r = product(flipped(d_transformed), x, d_r, PARTS, X_PARTS)
+                d_r_sums = product(flipped(d_transformed), (ones, ones, ones), d_r_sums, PARTS, 1)
+            if TOKENS:
+                d_x = product(d_gate, g, d_x - d_x * gate, PARTS, PARTS)
+                d_x = product(d_transformed, r, d_x, PARTS, PARTS)
+        if TOKENS:
+            stored = inside[:, None] & (features < DIM)[None, :]
+            pointers = offset[:, None] + features[None, :]
+            if ADDED:
+                d_x += tl.load(Before + pointers, mask=stored, other=0.0)
+            if MASKED:
+                d_x = tl.where(valid[:, None], d_x, 0.0)
+            tl.store(TokenGrad + pointers, d_x.to(TokenGrad.dtype.element_ty), mask=stored)
+    if GATES:
+        _store_sums(Sums, d_g, d_g_sums, SIGN, DIM, DIM)
+        _store_sums(Sums + (DIM + 1) * DIM, d_r, d_r_sums, SIGN, DIM, DIM)
+    if TOKENS:
+        if HIGHWAY:
+            Sums += 2 * (DIM + 1) * DIM
+        _store_sums(Sums, d_i, d_i_sums, SIGN, HIDDEN, DIM)
+        Sums += HIDDEN * (DIM + 1)
+        if OUT == 1:
+            tl.store(Sums + units, tl.sum(d_o_vector, 0) * SIGN, mask=units < HIDDEN)
+            tl.store(Sums + HIDDEN, tl.sum(d_o_bias, 0) * SIGN)
+        else:
+            _store_sums(Sums, d_o, d_o_sums, SIGN, DIM, HIDDEN)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def network_backward(
+    Query, Key, QueryPadding, KeyPadding, Shares, Grad, Factor, QueryBefore, KeyBefore, QueryGrad, KeyGrad, Sums,
+    GateW, GateB, TransformW, TransformB, InnerW, InnerB, OuterW, OuterB,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    n_heads, n_queries, n_keys, query_rows, key_rows, query_programs, key_programs,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, HIGHWAY: tl.constexpr, RESULT: tl.constexpr, ADDED: tl.constexpr,
+    SIGN: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The gradients of queries and keys, with their strides, and SIGN times those of the weights.
+
+    Grad: [queries' rows + keys' rows, OUT]; LOSS needs none. Factor: what gradients are multiplied by (but for PLAIN).
+    Before: other gradients of the queries and keys, to which these are ADDED. Sums: [programs, SIZE].
+
+    With a highway the gradients of all weights would not fit the registers: there are twice the programs then, half
+    of which compute those of the highway and nothing else. Each writes the part of its row of Sums that is its own.
+    """
+    program = tl.program_id(0)
+    programs = query_programs + key_programs
+    gates = program >= programs
+    if gates:
+        program -= programs
+    Sums += program.to(tl.int64) * SIZE
+    queries = program < query_programs
+    X, Padding, Before, TokenGrad = Query, QueryPadding, QueryBefore, QueryGrad
+    length, n_rows, step, first_row, sign = n_queries, query_rows, query_programs, 0, 1.0
+    stride_b, stride_h, stride_t = stride_qb, stride_qh, stride_qt
+    if not queries:
+        X, Padding, Before, TokenGrad = Key, KeyPadding, KeyBefore, KeyGrad
+        length, n_rows, step, first_row, sign = n_keys, key_rows, key_programs, query_rows, -1.0
+        stride_b, stride_h, stride_t = stride_kb, stride_kh, stride_kt
+        program -= query_programs
+        if RESULT == LOSS:
+            Shares += query_rows // (n_heads * n_queries)
+    factor = 1.0
+    if RESULT != PLAIN:
+        factor = tl.load(Factor)
+    if gates:
+        _backward(
+            X, Padding, Shares, Grad, factor, Before, TokenGrad, Sums,
+            GateW, GateB, TransformW, TransformB, InnerW, InnerB, OuterW, OuterB,
+            stride_b, stride_h, stride_t, n_heads, length, n_rows, first_row, sign, program, step,
+            False, HIGHWAY, MASKED, WHOLE, HIGHWAY, RESULT, ADDED, SIGN, DIM, HIDDEN, OUT, BLOCK_D, BLOCK_H, BLOCK_M,
+        )  # fmt: skip
+    else:
+        _backward(
+            X, Padding, Shares, Grad, factor, Before, TokenGrad, Sums,
+            GateW, GateB, TransformW, TransformB, InnerW, InnerB, OuterW, OuterB,
+            stride_b, stride_h, stride_t, n_heads, length, n_rows, first_row, sign, program, step,
+            True, False, MASKED, WHOLE, HIGHWAY, RESULT, ADDED, SIGN, DIM, HIDDEN, OUT, BLOCK_D, BLOCK_H, BLOCK_M,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tokens_of(Padding, b, n_batch, length, MASKED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr):
+    """How many tokens of each sequence are no padding."""
+    if not MASKED:
+        return tl.where(b < n_batch, length, 0)
+    count = tl.zeros([BLOCK_B], tl.int32)
+    for start in range(0, length, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        inside = (b < n_batch)[:, None] & (t < length)[None, :]
+        pointers = Padding + b.to(tl.int64)[:, None] * length + t[None, :]
+        count += tl.sum((tl.load(pointers, mask=inside, other=1) == 0).to(tl.int32), 1)
+    return count
+
+
+@triton.jit(do_not_specialize=["n_batch", "n_heads", "n_queries", "n_keys"])
+def token_shares(
+    QueryPadding, KeyPadding, Shares, n_batch, n_heads, n_queries, n_keys,
+    MASKED: tl.constexpr, MEAN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Shares [2, B]: 1 / n of n queries and of n keys, 0 where one of the two has none. One program.
+
+    MEAN: divided by the number of other sequences and by that of heads.
+    """
+    counted = 0
+    for start in range(0, n_batch, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        queries = _tokens_of(QueryPadding, b, n_batch, n_queries, MASKED, BLOCK_B, BLOCK_T)
+        keys = _tokens_of(KeyPadding, b, n_batch, n_keys, MASKED, BLOCK_B, BLOCK_T)
+        both = (queries > 0) & (keys > 0)
+        counted += tl.sum(both.to(tl.int32), 0)
+        tl.store(Shares + b, tl.where(both, 1.0 / tl.maximum(queries, 1), 0.0), mask=b < n_batch)
+        tl.store(Shares + n_batch + b, tl.where(both, 1.0 / tl.maximum(keys, 1), 0.0), mask=b < n_batch)
+    if MEAN:
+        factor = 1.0 / (tl.maximum(counted, 1) * n_heads).to(tl.float32)
+        tl.debug_barrier()
+        for start in range(0, 2 * n_batch, BLOCK_B):
+            index = start + tl.arange(0, BLOCK_B)
+            share = tl.load(Shares + index, mask=index < 2 * n_batch, other=0.0)
+            tl.store(Shares + index, share * factor, mask=index < 2 * n_batch)
