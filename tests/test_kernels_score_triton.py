@@ -20,14 +20,13 @@ from attnpatch.kernels import score_triton_device as t
 
 kinds = {"Mask": "*u8", "Sums": "*fp32", "Scales": "*fp32", "Rows": "*i64", "RowKeys": "*i32", "Seed": "*i64",
          "scale": "fp32", "c": "fp32", "slope_factor": "fp32", "factor": "fp32", "finish": "fp32", "threshold": "i64"}
-for function, mask, fused in ((t._forward, 1, False), (t._forward, 2, False), (t._key_gradients, 1, True),
-                              (t._query_gradients, 1, False), (t._row_statistics, 0, False)):
-    values = dict(KERNEL=0, DEGREE=2, CAUSAL=True, MASK=mask, DROPOUT=True, HEAD_DIM=80, BLOCK_D=128, FUSED=fused,
+for function, mask in ((t._forward, 1), (t._forward, 2), (t._key_gradients, 1), (t._query_gradients, 1),
+                       (t._row_statistics, 0)):
+    values = dict(KERNEL=0, DEGREE=2, CAUSAL=True, MASK=mask, DROPOUT=True, HEAD_DIM=80, BLOCK_D=128,
                   PRECISION="tf32", BLOCK_M=64, BLOCK_N=64, RESIDUAL=True)
     constants = {name: values[name] for name in function.arg_names if name in values}
-    pointers = {"QueryGrad": "*fp32" if fused else "*bf16", **kinds}
     signature = {
-        name: "constexpr" if name in constants else pointers.get(name, "*bf16" if name[0].isupper() else "i32")
+        name: "constexpr" if name in constants else kinds.get(name, "*bf16" if name[0].isupper() else "i32")
         for name in function.arg_names
     }
     built = triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32))

@@ -3,11 +3,10 @@
 Shapes: query [B, H, T, D], key [B, H, S, D], value [B, H, S, D], keep None or bool broadcastable to [B, H, T, S];
 D up to 128, padded to a power of two in registers.
 
-`attnpatch.kernels.score_triton_device` computes; here block sizes are chosen and the kernels become operators. Of the
-backward pass there are two forms: as a rule the gradient of the queries is added up in memory by the programs that
-own the keys (five matrix products; the order of the additions, and with it the last bits, differ from run to run, as
-in torch's own fused attention); under `torch.use_deterministic_algorithms(True)` a kernel of its own computes it
-(seven products, always the same bits).
+`attnpatch.kernels.score_triton_device` computes; here block sizes are chosen and the kernels become operators. The
+backward pass is two kernels, of the programs that own keys and of those that own queries: seven matrix products and
+the same bits in every run. Five products, with the gradient of the queries added up in memory by the programs that
+own keys, took 1.09 times as long on an H200.
 
 Dropout's seed is read on the device, so that the kernels can be captured in a CUDA graph.
 """
@@ -18,7 +17,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -54,53 +53,57 @@ def why_not(query: Tensor, value: Tensor) -> str | None:
     return None
 
 
-# (BLOCK_M, BLOCK_N, warps, stages). The first is what is used untuned: it fits the 99 KiB of shared memory of consumer
-# GPUs up to D = 128 in half precision.
-Sizes = tuple[int, int, int, int]
+class Sizes(NamedTuple):
+    """Block sizes of queries and keys, warps, stages of the pipeline, and registers a thread may have.
+
+    Fewer registers mean more programs on a multiprocessor. The bounds given are what the usual loops need; beyond
+    them those for rows of their own scale spill, which are rare.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+# The first is what is used untuned: it fits the 99 KiB of shared memory of consumer GPUs up to D = 128 in half
+# precision.
 SIZES: dict[str, list[Sizes]] = {
     "forward": [
-        (64, 64, 4, 2),
-        (128, 64, 4, 3),
-        (128, 64, 4, 4),
-        (64, 64, 4, 3),
-        (64, 128, 4, 3),
-        (32, 32, 4, 2),
-    ],
-    # Of queries and keys; a program owns the keys.
-    "fused": [
-        (64, 64, 4, 2),
-        (64, 128, 8, 2),
-        (64, 128, 8, 3),
-        (64, 64, 4, 3),
-        (32, 64, 4, 3),
-        (32, 32, 4, 2),
+        Sizes(64, 64, 4, 2),
+        Sizes(64, 64, 4, 3, 128),
+        Sizes(128, 64, 8, 3, 128),
+        Sizes(64, 64, 4, 3, 168),
+        Sizes(128, 64, 4, 4),
+        Sizes(32, 32, 4, 2),
     ],
     "key": [
-        (64, 64, 4, 2),
-        (64, 128, 8, 2),
-        (64, 128, 8, 3),
-        (64, 64, 4, 3),
-        (32, 64, 4, 3),
-        (32, 32, 4, 2),
+        Sizes(64, 64, 4, 2),
+        Sizes(64, 64, 4, 3),
+        Sizes(32, 64, 4, 3, 168),
+        Sizes(32, 128, 8, 3, 128),
+        Sizes(32, 64, 4, 3),
+        Sizes(32, 32, 4, 2),
     ],
-    # A program owns the queries.
     "query": [
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (128, 64, 8, 3),
-        (64, 128, 4, 2),
-        (32, 32, 4, 2),
+        Sizes(64, 64, 4, 2),
+        Sizes(64, 64, 4, 3, 168),
+        Sizes(128, 64, 8, 3, 128),
+        Sizes(64, 32, 4, 3, 128),
+        Sizes(64, 64, 4, 3),
+        Sizes(32, 32, 4, 2),
     ],
 }
-_SMALL: Sizes = (16, 32, 4, 1)
+_SMALL = Sizes(16, 32, 4, 1)
 _PADDED = 128
 _sizes: Sizes | None = None
 _chosen: dict[Any, Sizes] = {}
 
 
 def _config(sizes: Sizes) -> Any:
-    m, n, warps, stages = sizes
-    return triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+    blocks = {"BLOCK_M": sizes.queries, "BLOCK_N": sizes.keys}
+    return triton.Config(blocks, num_warps=sizes.warps, num_stages=sizes.stages, maxnreg=sizes.registers)
 
 
 def _prune(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
@@ -128,8 +131,6 @@ def _tuned(name: str, function: Any) -> Any:
     options: dict[str, Any] = {}
     if not INTERPRETED:
         options = {"prune_configs_by": {"early_config_prune": _prune}, "do_bench": _bench}
-    if name == "fused":
-        options["reset_to_zero"] = ["QueryGrad"]
     configs = [_config(size) for size in ([_SMALL] if INTERPRETED else SIZES[name])]
     # What the choice hangs on is up to `_launch`.
     return triton.autotune(configs, key=[], **options)(function)
@@ -137,7 +138,6 @@ def _tuned(name: str, function: Any) -> Any:
 
 _TUNED = {
     "forward": _tuned("forward", device._forward),
-    "fused": _tuned("fused", device._key_gradients),
     "key": _tuned("key", device._key_gradients),
     "query": _tuned("query", device._query_gradients),
 }
@@ -179,20 +179,21 @@ def _launch(name: str, length: int, call: _Call, block: str, *arguments: Any, **
             tuner.cache.clear()
             tuner[grid](*arguments, **constants)
             best = tuner.best_config
-            _chosen[kind] = (best.kwargs["BLOCK_M"], best.kwargs["BLOCK_N"], best.num_warps, best.num_stages)
+            blocks = best.kwargs["BLOCK_M"], best.kwargs["BLOCK_N"]
+            _chosen[kind] = Sizes(*blocks, best.num_warps, best.num_stages, best.maxnreg)
             return
-    m, n, warps, stages = sizes[:4]
-    if len(sizes) > 4:
-        constants["maxnreg"] = sizes[4]
-    tuner.fn[grid](*arguments, **constants, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
+    constants |= {"BLOCK_M": sizes.queries, "BLOCK_N": sizes.keys, "num_warps": sizes.warps}
+    if sizes.registers is not None:
+        constants["maxnreg"] = sizes.registers
+    tuner.fn[grid](*arguments, **constants, num_stages=sizes.stages)
 
 
 def _untuned(name: str, dtype: torch.dtype, block_d: int) -> Sizes:
     if INTERPRETED:
         return _SMALL
     if dtype == torch.float32:
-        return (32, 32, 4, 1) if block_d > 64 else (32, 64, 4, 1)
-    return (32, 64, 4, 2) if name != "forward" and block_d > 64 else SIZES[name][0]
+        return Sizes(32, 32, 4, 1) if block_d > 64 else Sizes(32, 64, 4, 1)
+    return Sizes(32, 64, 4, 2) if name != "forward" and block_d > 64 else SIZES[name][0]
 
 
 class _Call:
@@ -332,12 +333,9 @@ def _backward(
     if output.numel() == 0 or key.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     call = _Call(query, key, keep, kernel, degree, scale, is_causal, dropout_p)
-    fused = not torch.are_deterministic_algorithms_enabled()
     padded = (call.programs, call.n_padded)
     rows = torch.empty(padded, dtype=torch.int64, device=query.device)
     row_keys = rows if seed is None else torch.empty((3, *padded), dtype=torch.int32, device=query.device)
-    # Sums over the blocks of keys need float32 between them.
-    summed = query.new_zeros((*padded, query.shape[3]), dtype=torch.float32) if fused else dq
     tensors = (query, key, value, call.mask, grad, rows, scales, row_keys)
     strides = (*query.stride(), *key.stride(), *value.stride(), *call.mask_strides, *grad.stride())
     with torch.cuda.device_of(query):
@@ -347,13 +345,10 @@ def _backward(
             HEAD_DIM=call.constants["HEAD_DIM"], BLOCK_D=call.constants["BLOCK_D"], RESIDUAL=residual.numel() > 0,
             DROPOUT=seed is not None, BLOCK_M=64,
         )  # fmt: skip
-        arguments = (*tensors, summed, dk, dv, *strides, *dk.stride(), *dv.stride(), *call.backward_scalars())
-        _launch("fused" if fused else "key", call.n_keys, call, "BLOCK_N", *arguments, FUSED=fused)
-        if not fused:
-            arguments = (*tensors, dq, *strides, *dq.stride(), *call.backward_scalars())
-            _launch("query", call.n_queries, call, "BLOCK_M", *arguments)
-    if fused:
-        dq.copy_(summed.view(*query.shape[:2], call.n_padded, query.shape[3])[:, :, : call.n_queries])
+        arguments = (*tensors, dk, dv, *strides, *dk.stride(), *dv.stride(), *call.backward_scalars())
+        _launch("key", call.n_keys, call, "BLOCK_N", *arguments)
+        arguments = (*tensors, dq, *strides, *dq.stride(), *call.backward_scalars())
+        _launch("query", call.n_queries, call, "BLOCK_M", *arguments)
     return dq, dk, dv
 
 

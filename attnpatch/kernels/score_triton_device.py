@@ -486,19 +486,19 @@ def _any_scaled(Scales, n_queries, KERNEL: tl.constexpr):
 
 @triton.jit
 def _sum_queries(
-    dk, dv, k, v, Query, Grad, Mask, Rows, Scales, RowKeys, QueryGrad, cols, begin, end,
+    dk, dv, k, v, Query, Grad, Mask, Rows, Scales, RowKeys, cols, begin, end,
     stride_qt, stride_qd, stride_gt, stride_gd, stride_mt, stride_ms, n_queries, n_keys, n_rows,
-    scale, c, slope_factor, threshold, factor, finish,
-    SCALED: tl.constexpr, MASKED: tl.constexpr, FUSED: tl.constexpr, KERNEL: tl.constexpr, DEGREE: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    scale, c, slope_factor, threshold, factor,
+    SCALED: tl.constexpr, MASKED: tl.constexpr, KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`dk` and `dv` with what the queries from `begin` to `end` give; FUSED: adds to their own gradient, too.
+    """`dk` and `dv` with what the queries from `begin` to `end` give.
 
     Scores stand as [keys, queries], so that weights go into the products as they lie in registers.
     """
     HALF: tl.constexpr = k.dtype == tl.float16
-    index, features = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    index = tl.arange(0, BLOCK_M)
     for start in range(begin, end, BLOCK_M):
         q = _tile(Query, start, n_queries, stride_qt, stride_qd, HEAD_DIM, BLOCK_D, BLOCK_M)
         g = _tile(Grad, start, n_queries, stride_gt, stride_gd, HEAD_DIM, BLOCK_D, BLOCK_M)
@@ -519,32 +519,23 @@ def _sum_queries(
             SCALED, MASKED, DROPOUT, KERNEL, DEGREE, HALF,
         )  # fmt: skip
         dv += _dot(_narrow(weights, g), g, PRECISION)
-        dz = _narrow(dz, q)
-        dk += _dot(dz, q, PRECISION)
-        if FUSED:
-            dq = _dot(tl.trans(dz), k, PRECISION) * finish
-            pointers = QueryGrad + (tl.full((), 0, tl.int64) + start) * HEAD_DIM
-            pointers += index[:, None] * HEAD_DIM + features[None, :]
-            if BLOCK_D == HEAD_DIM:
-                tl.atomic_add(pointers, dq, sem="relaxed")
-            else:
-                tl.atomic_add(pointers, dq, mask=(features < HEAD_DIM)[None, :], sem="relaxed")
+        dk += _dot(_narrow(dz, q), q, PRECISION)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _key_gradients(
-    Query, Key, Value, Mask, Grad, Rows, Scales, RowKeys, QueryGrad, KeyGrad, ValueGrad,
+    Query, Key, Value, Mask, Grad, Rows, Scales, RowKeys, KeyGrad, ValueGrad,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mt, stride_ms,
     stride_gb, stride_gh, stride_gt, stride_gd, stride_yb, stride_yh, stride_ys, stride_yd,
     stride_wb, stride_wh, stride_ws, stride_wd,
     n_heads, n_queries, n_keys, n_padded, n_rows, scale, c, slope_factor, threshold, factor, finish,
-    FUSED: tl.constexpr, KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys; FUSED: what it gives dq [B H, padded T, D] is added in memory, in any order."""
+    """dk and dv of a block of keys."""
     block, head = _place(n_keys, BLOCK_N)
     b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -558,7 +549,6 @@ def _key_gradients(
     padded = tl.multiple_of(head.to(tl.int64) * n_padded, 128)
     Rows += padded
     RowKeys += padded
-    QueryGrad += padded * HEAD_DIM
     Scales += head.to(tl.int64) * n_queries
     k = _tile(Key, block * BLOCK_N, n_keys, stride_ks, stride_kd, HEAD_DIM, BLOCK_D, BLOCK_N)
     v = _tile(Value, block * BLOCK_N, n_keys, stride_vs, stride_vd, HEAD_DIM, BLOCK_D, BLOCK_N)
@@ -585,22 +575,22 @@ def _key_gradients(
         whole = begin
     EVERYWHERE: tl.constexpr = KERNEL == 2 or MASK == 2
     dk, dv = _sum_queries(
-        dk, dv, k, v, Query, Grad, Mask, Rows, Scales, RowKeys, QueryGrad, cols, begin, scaled_end,
+        dk, dv, k, v, Query, Grad, Mask, Rows, Scales, RowKeys, cols, begin, scaled_end,
         stride_qt, stride_qd, stride_gt, stride_gd, stride_mt, stride_ms,
-        n_queries, n_keys, n_rows, scale, c, slope_factor, threshold, factor, finish, True, True, FUSED,
+        n_queries, n_keys, n_rows, scale, c, slope_factor, threshold, factor, True, True,
         KERNEL, DEGREE, CAUSAL, MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
     )  # fmt: skip
     if CAUSAL:
         dk, dv = _sum_queries(
-            dk, dv, k, v, Query, Grad, Mask, Rows, Scales, RowKeys, QueryGrad, cols, begin, whole,
+            dk, dv, k, v, Query, Grad, Mask, Rows, Scales, RowKeys, cols, begin, whole,
             stride_qt, stride_qd, stride_gt, stride_gd, stride_mt, stride_ms,
-            n_queries, n_keys, n_rows, scale, c, slope_factor, threshold, factor, finish, False, True, FUSED,
+            n_queries, n_keys, n_rows, scale, c, slope_factor, threshold, factor, False, True,
             KERNEL, DEGREE, True, MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
         )  # fmt: skip
     dk, dv = _sum_queries(
-        dk, dv, k, v, Query, Grad, Mask, Rows, Scales, RowKeys, QueryGrad, cols, whole, end,
+        dk, dv, k, v, Query, Grad, Mask, Rows, Scales, RowKeys, cols, whole, end,
         stride_qt, stride_qd, stride_gt, stride_gd, stride_mt, stride_ms,
-        n_queries, n_keys, n_rows, scale, c, slope_factor, threshold, factor, finish, False, EVERYWHERE, FUSED,
+        n_queries, n_keys, n_rows, scale, c, slope_factor, threshold, factor, False, EVERYWHERE,
         KERNEL, DEGREE, False, MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
     )  # fmt: skip
     stored = (cols < n_keys)[:, None] & (features < HEAD_DIM)[None, :]
@@ -654,7 +644,7 @@ def _query_gradients(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq of a block of queries, always summed in the same order."""
+    """dq of a block of queries."""
     block, head = _place(n_queries, BLOCK_M)
     b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
     start = block * BLOCK_M
