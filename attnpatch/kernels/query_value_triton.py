@@ -35,6 +35,8 @@ A key of weight 0 adds 0 times its value, as in the plain form: nothing, if the 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
@@ -399,10 +401,27 @@ def _backward(
 # (rows, warps, unrolled rows of the other side). One row of the other side has to have fewer numbers than there are
 # threads, or Triton passes it through shared memory; 32 elements a thread (tanh: 16) fit into registers.
 Sizes = tuple[int, int, int]
-_FORWARD: list[Sizes] = [(64, 4, 2), (64, 4, 4), (32, 4, 4), (32, 4, 8), (64, 8, 2), (64, 8, 4), (32, 8, 4)]
-_BACKWARD: list[Sizes] = [(64, 4, 2), (64, 4, 4), (32, 4, 4), (32, 4, 2), (64, 8, 2), (32, 8, 2), (32, 8, 4)]
+_FORWARD: list[Sizes] = [(64, 4, 2), (64, 4, 4), (32, 4, 4), (64, 8, 4)]
+_BACKWARD: list[Sizes] = [(64, 4, 2), (64, 4, 4), (32, 4, 4), (64, 8, 2)]
 _SMALL: Sizes = (16, 4, 4)
+_sizes: Sizes | None = None
 _KEY = ["size_class", "TANH", "BLOCK_D"]
+
+
+def all_sizes() -> list[Sizes]:
+    """What tuning chooses among."""
+    return sorted({*_FORWARD, *_BACKWARD})
+
+
+@contextlib.contextmanager
+def fixed_sizes(sizes: Sizes) -> Iterator[None]:
+    """Within it both passes run with these sizes, untuned."""
+    global _sizes
+    before, _sizes = _sizes, sizes
+    try:
+        yield
+    finally:
+        _sizes = before
 
 
 def _fits(sizes: Sizes, block_d: int, tanh: bool) -> bool:
@@ -449,10 +468,10 @@ def _launch(name: str, length: int, heads: int, *arguments: Any, **constants: An
     def grid(meta: dict[str, Any]) -> tuple[int]:
         return (triton.cdiv(length, meta["BLOCK"]) * heads,)
 
-    if tuning():
+    if tuning() and _sizes is None:
         kernel[grid](*arguments, **constants)
         return
-    rows, warps, unroll = _untuned(name, constants["BLOCK_D"], constants["TANH"])
+    rows, warps, unroll = _sizes or _untuned(name, constants["BLOCK_D"], constants["TANH"])
     kernel.fn[grid](*arguments, **constants, BLOCK=rows, UNROLL=unroll, num_warps=warps, num_stages=1)
 
 

@@ -1,0 +1,286 @@
+"""The Triton kernels against float64 on a GPU, and the compilation of what is timed later.
+
+score        non-softmax attention: output, dq, dk, dv
+query_value  the pairwise sum: output and the gradients of all inputs and parameters
+alignment    the losses gan and ct: loss and the gradients of queries, keys and networks
+
+Most of the time is the compiler's, which takes one core a process: the work is given to many. What they compile stays
+in Triton's cache. Block sizes are not tuned here, which would take minutes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from attnpatch.bench.timing import BenchmarkError
+
+HALF, SINGLE = ("bfloat16", "float16"), "float32"
+CASES = ("none", "causal", "padding", "range", "rows", "dropout")
+CHECKED = ("score", "query_value", "alignment")
+
+Work = tuple[str, tuple[Any, ...], str, bool]
+"""What is done, with what, on which device, and whether in the small sizes of a dry run."""
+
+
+def run(device: str, dry: bool) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """(what was found in each case, what is wrong by kind)."""
+    from attnpatch.environment import available_cpus
+
+    work: list[Work] = [("score", case, device, dry) for case in cases(dry)]
+    work += [("query_value", case, device, dry) for case in pairwise_cases(dry)]
+    work += [("alignment", case, device, dry) for case in alignment_cases(dry)]
+    if dry:
+        done = [_done(item) for item in work]
+    else:
+        work += [("compile", case, device, dry) for case in _to_compile()]
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(14, available_cpus()), mp_context=spawn) as pool:
+            done = list(pool.map(_done, work))
+    wrong: dict[str, list[str]] = {kind: [] for kind in CHECKED}
+    for (kind, case, *_), found in zip(work, done, strict=True):
+        # Block sizes that do not fit the device are no error: tuning passes over them.
+        if kind in wrong:
+            wrong[kind] += _faults(found, {"float32": 1e-5}.get(case[-2] if kind == "score" else case[-1], 1e-2))
+    return done, wrong
+
+
+def _faults(found: dict[str, Any], allowed: float) -> list[str]:
+    if "error" in found:
+        return [f"{found['case']}: {found['error']}"]
+    off = {what: error for what, error in found["errors"].items() if not error <= allowed}
+    return (
+        [f"{found['case']}: " + ", ".join(f"{what} {e:.1e} > {allowed:.0e}" for what, e in off.items())] if off else []
+    )
+
+
+def _done(work: Work) -> dict[str, Any]:
+    """In a process of its own, unless the run is dry."""
+    kind, case, device, dry = work
+    before = os.environ.get("ATTNPATCH_TUNE")
+    os.environ["ATTNPATCH_TUNE"] = "0"
+    label = {"case": " ".join(map(str, (kind, *case)))}
+    try:
+        if kind == "compile":
+            _compile(*case, device=device)
+            return label
+        checks: dict[str, Callable[..., dict[str, float]]]
+        checks = {"score": check_case, "query_value": check_pairwise, "alignment": check_alignment}
+        return {**label, "errors": checks[kind](case, device, dry)}
+    except Exception as error:
+        return {**label, "error": f"{type(error).__name__}: {error}"[:600]}
+    finally:
+        os.environ.pop("ATTNPATCH_TUNE") if before is None else os.environ.__setitem__("ATTNPATCH_TUNE", before)
+
+
+def relative_errors(names: Sequence[str], found: Sequence[Any], wanted: Sequence[Any]) -> dict[str, float]:
+    """Of norms; of a tensor that should be zero, the norm."""
+    pairs = zip(names, found, wanted, strict=True)
+    return {name: float(((a.double() - b).norm() / b.norm().clamp(min=1e-30)).detach()) for name, a, b in pairs}
+
+
+# --- non-softmax attention ---------------------------------------------------------------------------------------
+
+
+def cases(dry: bool) -> list[tuple[str, int, int, str, str]]:
+    """(kernel, degree, D, dtype, case): everything for D = 64, and what a head size may break for the others."""
+    if dry:
+        return [("expressive", 2, 16, SINGLE, case) for case in CASES] + [("elu", 2, 20, "bfloat16", "rows")]
+    found = [("expressive", 2, 64, dtype, case) for dtype in (*HALF, SINGLE) for case in CASES]
+    found += [("expressive", 2, dim, dtype, "rows") for dim in (32, 80, 96, 128) for dtype in (*HALF, SINGLE)]
+    found += [("expressive", 2, dim, "bfloat16", "dropout") for dim in (32, 80, 96, 128)]
+    others = (("polynomial", 2), ("polynomial", 4), ("elu", 2))
+    found += [(*kernel, 64, dtype, "rows") for kernel in others for dtype in ("bfloat16", SINGLE)]
+    return found
+
+
+def check_case(case: tuple[str, int, int, str, str], device: str, dry: bool) -> dict[str, float]:
+    """Relative errors of output, dq, dk and dv."""
+    import torch
+
+    from attnpatch.kernels import score
+
+    kernel, degree, dim, name, kind = case
+    dtype = getattr(torch, name)
+    torch.manual_seed(zlib.crc32(repr(case).encode()))  # hash() differs from process to process
+    n_queries, n_keys = ((20, 20) if dry else (333, 333)) if kind == "causal" else ((20, 35) if dry else (333, 517))
+    heads = 1 if dry else 3
+    q, k, v, g = (torch.randn(2, heads, n, dim, device=device) for n in (n_queries, n_keys, n_keys, n_queries))
+    # Scores of both signs, away from 0: f'/f is unbounded there, and magnifies rounding where few keys are visible.
+    q, k = q.abs() + 0.5, (k.abs() + 0.5) * torch.randn(n_keys, 1, device=device).sign()
+    # Heads beside features in memory, as models have them.
+    q, k, v, g = (x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, g))
+    mask, p = None, 0.3 if kind == "dropout" else 0.0
+    if kind == "padding":
+        mask = torch.rand(2, 1, 1, n_keys, device=device) < 0.6
+    if kind == "range":
+        lengths = torch.tensor([n_keys // 3, n_keys - 7], device=device)
+        mask = (torch.arange(n_keys, device=device) < lengths[:, None])[:, None, None]
+    if kind == "rows":
+        mask = torch.rand(2, heads, n_queries, n_keys, device=device) < 0.5
+        mask[0, :, 0] = False
+    arguments: dict[str, Any] = {
+        "is_causal": kind == "causal",
+        "scale": 1.0 / dim,
+        "kernel": kernel,
+        "degree": degree,
+    }
+    if p:
+        # With the unit matrix for values the output is the weights, which shows what was dropped.
+        seen = torch.eye(dim, device=device, dtype=dtype).expand(2, heads, -1, -1)
+        k, v = k[:, :, :dim], v[:, :, :dim]
+        torch.manual_seed(5)
+        shown = score.kernel_attention(q, k, seen, None, p, implementation="triton", **arguments)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.manual_seed(5)
+    output = score.kernel_attention(leaves[0], leaves[1], leaves[2], mask, p, implementation="triton", **arguments)
+    found = (output, *torch.autograd.grad(output, leaves, g))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    if p:
+        weights = score.attention_weights(exact[0], exact[1], **arguments) * (shown != 0) / (1.0 - p)
+        kept = float((shown != 0).double().mean())
+        if not abs(kept - (1.0 - p)) < 0.02 + 2 * dry:
+            raise BenchmarkError(f"{case}: {kept:.3f} of the weights are kept, not {1.0 - p}")
+        wanted = weights @ exact[2]
+    else:
+        wanted = score.kernel_attention(exact[0], exact[1], exact[2], mask, implementation="plain", **arguments)
+    expected = (wanted, *torch.autograd.grad(wanted, exact, g.double()))
+    return relative_errors(("output", "dq", "dk", "dv"), found, expected)
+
+
+# --- the pairwise query-value sum --------------------------------------------------------------------------------
+
+
+def pairwise_cases(dry: bool) -> list[tuple[str, int, int, int, int, str]]:
+    """(phi, heads, queries, keys, D, dtype)."""
+    sizes = [(1, 5, 7, 8)] if dry else [(3, 333, 517, 64), (3, 65, 33, 80), (2, 1, 40, 128)]
+    return [(phi, *size, SINGLE) for phi in ("product", "tanh") for size in sizes]
+
+
+def check_pairwise(case: tuple[str, int, int, int, int, str], device: str, dry: bool) -> dict[str, float]:
+    """Relative errors of the pairwise form of query_value, output and gradients, against itself in float64."""
+    import torch
+
+    from attnpatch.kernels import dispatch
+    from attnpatch.kernels.query_value import pairwise_aggregate
+
+    torch.manual_seed(0)
+    phi, heads, n_queries, n_keys, dim, _ = case
+    shapes: dict[str, tuple[int, ...]] = {"query": (2, heads, n_queries, dim)}
+    shapes |= {"weights": (2, heads, n_queries, n_keys)}
+    shapes |= {"value": (2, heads, n_keys, dim), "gate_query": (heads, dim, dim), "gate_value": (heads, dim, dim)}
+    shapes |= {"gate_bias": (heads, dim), "strength": (heads,)}
+    if phi == "tanh":
+        shapes |= {"phi_query": (heads, dim, dim), "phi_value": (heads, dim, dim), "phi_bias": (heads, dim)}
+    inputs = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    inputs = {name: x / dim**0.5 if x.shape[1:] == (dim, dim) else x for name, x in inputs.items()}
+    inputs["weights"] = inputs["weights"].softmax(-1)
+    found = []
+    # On a CPU the interpreter's kernels are used where they are asked for.
+    with dispatch.use_implementation("triton" if dry else "auto"):
+        if reason := dispatch.why_not_fused_sum(inputs["weights"].flatten(0, 1), inputs["value"].flatten(0, 1)):
+            raise BenchmarkError(f"the fused sum does not serve this: {reason}")
+        for exact in (False, True):
+            leaves = {name: (x.double() if exact else x).requires_grad_() for name, x in inputs.items()}
+            arguments: dict[str, Any] = {**leaves, "phi": phi}
+            out = pairwise_aggregate(**arguments)
+            grad = torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype, device=device).view_as(out)
+            found.append((out, *torch.autograd.grad(out, list(leaves.values()), grad)))
+    return relative_errors(("output", *inputs), *found)
+
+
+# --- the alignment losses ----------------------------------------------------------------------------------------
+
+
+def alignment_cases(dry: bool) -> list[tuple[str, int, int, int, int, str]]:
+    """(method, D, hidden size, queries, keys, dtype)."""
+    sizes = [(8, 5, 7, 9, SINGLE)] if dry else [(64, 64, 128, 128, "bfloat16"), (64, 64, 100, 77, SINGLE)]
+    sizes += [] if dry else [(40, 24, 33, 130, "float16"), (32, 16, 1, 300, SINGLE)]
+    return [(method, *size) for method in ("gan", "ct") for size in sizes]
+
+
+def check_alignment(case: tuple[str, int, int, int, int, str], device: str, dry: bool) -> dict[str, float]:
+    """Relative errors of a loss and of all its gradients against those of float64, with padding."""
+    import copy
+
+    import torch
+
+    from attnpatch.kernels import alignment_networks as networks
+    from attnpatch.kernels.alignment import alignment_loss
+
+    torch.manual_seed(0)
+    method, dim, hidden, n_queries, n_keys, name = case
+    kinds = {"gan": ("Discriminator",), "ct": ("Navigator", "Critic")}[method]
+    parts = {kind.lower(): getattr(networks, kind)(dim, hidden).to(device) for kind in kinds}
+    query, key = (torch.randn(4, n, 2 if dry else 12, dim, device=device).transpose(1, 2) for n in (n_queries, n_keys))
+    query, key = query.to(getattr(torch, name)), key.to(getattr(torch, name))
+    masks = [torch.rand(4, n, device=device) < 0.3 for n in (n_keys, n_queries)]
+    masks[0][1] = True
+    if not all(networks.serves_triton(part, query, key) for part in parts.values()):
+        raise BenchmarkError("the fused losses do not serve this")
+    found = []
+    for exact in (False, True):
+        q, k = ((x.double() if exact else x).detach().requires_grad_() for x in (query, key))
+        used = {kind: copy.deepcopy(part).double() if exact else part for kind, part in parts.items()}
+        loss = alignment_loss(q, k, masks[0], method, masks[1], **used)
+        inputs = [q, k, *(p for part in used.values() for p in part.parameters())]
+        found.append((loss, *torch.autograd.grad(loss, inputs)))
+    names = [f"{kind}.{n}" for kind, part in parts.items() for n, _ in part.named_parameters()]
+    return relative_errors(("loss", "query", "key", *names), *found)
+
+
+# --- compilation, and graphs -------------------------------------------------------------------------------------
+
+
+def _to_compile() -> list[tuple[Any, ...]]:
+    """Block sizes that are tuned among later, and the kind of call."""
+    from attnpatch.kernels import dispatch, query_value_triton
+
+    ways = (("bfloat16", False, 0.0), ("bfloat16", True, 0.1), (SINGLE, False, 0.0))
+    found: list[tuple[Any, ...]] = [("score", size, *way) for way in ways for size in dispatch.score_triton.all_sizes()]
+    return found + [("query_value", size) for size in query_value_triton.all_sizes()]
+
+
+def _compile(what: str, sizes: Any, *way: Any, device: str) -> None:
+    import torch
+
+    from attnpatch.kernels import dispatch, query_value_triton, score
+
+    if what == "query_value":
+        weights = torch.rand(2, 256, 256, device=device, requires_grad=True)
+        value, gate_q, gate_v = (torch.randn(2, 256, 64, device=device, requires_grad=True) for _ in range(3))
+        with query_value_triton.fixed_sizes(sizes):
+            output = query_value_triton.gated_value_sum(weights, value, gate_q, gate_v, None, None)
+            torch.autograd.grad(output.sum(), (weights, value, gate_q, gate_v))
+        return
+    dtype, masked, dropout_p = way
+    q, k, v = (torch.randn(1, 2, 256, 64, device=device, dtype=getattr(torch, dtype)) for _ in range(3))
+    for x in (q, k, v):
+        x.requires_grad_()
+    mask = torch.ones(1, 1, 1, 256, device=device, dtype=torch.bool) if masked else None
+    with dispatch.score_triton.fixed_sizes(sizes):
+        output = score.expressive_attention(q, k, v, mask, dropout_p)
+        torch.autograd.grad(output.sum(), (q, k, v))
+
+
+def graph(device: str) -> str:
+    """Captured in a CUDA graph, with dropout: each replay drops other weights."""
+    import torch
+
+    from attnpatch.functional import expressive_attention
+
+    x = torch.randn(1, 2, 256, 64, device=device, dtype=torch.bfloat16)
+    expressive_attention(x, x, x, None, 0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        output = expressive_attention(x, x, x, None, 0.5)
+    graph.replay()
+    first = output.clone()
+    graph.replay()
+    if not bool(first.isfinite().all()) or torch.equal(first, output):
+        raise BenchmarkError("two replays of a CUDA graph drop the same weights, or are not finite")
+    return "captured; replays drop different weights"
