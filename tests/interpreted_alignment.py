@@ -99,7 +99,9 @@ def check(
     # Sums of softmax's gradients, of both signs, lose some digits; gradients of tokens are rounded to their dtype.
     of_weights = (1e-5 if method == "ct" else 1e-6) if exact else (1e-4 if method == "ct" else 3e-5)
     of_tokens = (1e-5 if exact else 1e-2 if dtype == torch.bfloat16 else 2e-3) if method == "ct" or not exact else 1e-6
-    assert_near(results, expected, [1e-6 if exact else 1e-5, of_tokens, of_tokens, *[of_weights] * (len(results) - 3)])
+    assert_near(
+        results, expected, [1e-6 if exact else of_weights, of_tokens, of_tokens, *[of_weights] * (len(results) - 3)]
+    )
     if padded:
         for gradient, mask in zip(results[1:3], masks, strict=True):
             assert not gradient.transpose(1, 2)[mask].any()

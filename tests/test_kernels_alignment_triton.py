@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from attnpatch.kernels import alignment_networks_device as n
 from attnpatch.kernels import alignment_networks_triton as launched
+from attnpatch.kernels import alignment_shares_device as s
 from attnpatch.kernels import alignment_transport_device as t
 
 
@@ -45,7 +46,7 @@ def build(function, dtype, stages=1, **values):
     assert built.metadata.shared <= launched.SHARED_MEMORY, (function, dtype, values, built.metadata.shared)
 
 
-build(n.token_shares, "bf16")
+build(s.token_shares, "bf16")
 for dtype in ("bf16", "fp16", "fp32"):
     for values in (
         dict(HIGHWAY=True, OUT=1, RESULT=1),
