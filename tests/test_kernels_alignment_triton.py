@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from attnpatch.kernels import alignment_networks_device as n
-from attnpatch.kernels import alignment_networks_triton as launched
+from attnpatch.kernels import alignment_shares_device as s
 from attnpatch.kernels import alignment_transport_device as t
 
 
@@ -42,10 +42,11 @@ def build(function, dtype, stages=1, **values):
     built = triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": stages}
     )
-    assert built.metadata.shared <= launched.SHARED_MEMORY, (function, dtype, values, built.metadata.shared)
+    # Of half precision two programs share a multiprocessor's 227 KiB.
+    assert built.metadata.shared <= (113 if dtype == "bf16" else 227) * 1024, (values, built.metadata.shared)
 
 
-build(n.token_shares, "bf16")
+build(s.token_shares, "bf16")
 for dtype in ("bf16", "fp16", "fp32"):
     for values in (
         dict(HIGHWAY=True, OUT=1, RESULT=1),

@@ -52,6 +52,15 @@ def _rounded(x):
 
 
 @triton.jit
+def exp2(x):
+    """2^x in one instruction: Triton's takes four, for results below 2^-126, which are 0 here."""
+    if PTX:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
 def split(x, PARTS: tl.constexpr):
     """float32 as the sum of three of bfloat16, the third without meaning if PARTS is 2."""
     high, wide = _rounded(x)
@@ -91,6 +100,15 @@ def product(a, b, total, A: tl.constexpr, B: tl.constexpr):
     if B > 1:
         total = _dot(a[0], b[1], total)
     return _dot(a[0], b[0], total)
+
+
+@triton.jit
+def _waited(x):
+    """x, so that the products it is a sum of are over: ptxas puts a wait after every one if some last until the next
+    round of a loop."""
+    if PTX:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return x
 
 
 @triton.jit
@@ -182,14 +200,14 @@ def _gate(x, wide, g, g_bias, r, r_bias, ones, X_PARTS: tl.constexpr, PARTS: tl.
     zero = tl.zeros(wide.shape, tl.float32)
     gate = product(x, flipped(g), _dot(ones, g_bias, zero), X_PARTS, PARTS)
     transformed = product(x, flipped(r), _dot(ones, r_bias, zero), X_PARTS, PARTS)
-    gate = _reciprocal(1.0 + tl.exp(-gate))
+    gate = _reciprocal(1.0 + exp2(gate * -1.4426950408889634))
     transformed = tl.maximum(transformed, 0.0)
     return gate, transformed, wide + gate * (transformed - wide)
 
 
 @triton.jit
 def _leaky(x):
-    return tl.where(x > 0, x, x * SLOPE)
+    return tl.maximum(x, x * SLOPE)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -285,11 +303,11 @@ def _backward(
     X, Padding, Shares, Grad, factor, Before, TokenGrad, Sums,
     GateW, GateB, TransformW, TransformB, InnerW, InnerB, OuterW, OuterB,
     stride_b, stride_h, stride_t, n_heads, length, n_rows, first_row, sign, start, step,
-    TOKENS: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, HIGHWAY: tl.constexpr,
-    RESULT: tl.constexpr, ADDED: tl.constexpr, SIGN: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
-    OUT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr,
+    TOKENS: tl.constexpr, OUTER: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
+    HIGHWAY: tl.constexpr, RESULT: tl.constexpr, ADDED: tl.constexpr, SIGN: tl.constexpr, DIM: tl.constexpr,
+    HIDDEN: tl.constexpr, OUT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS: the gradients of the tokens and of the inner and outer weights; GATES: of the highway's weights."""
+    """TOKENS: the gradients of the tokens and of the inner weights; OUTER and GATES: of the outer and the highway's."""
     PARTS: tl.constexpr = 3 if X.dtype.element_ty == tl.float32 else 2
     X_PARTS: tl.constexpr = 1 if X.dtype.element_ty == tl.bfloat16 else PARTS
     features, units = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_H)
@@ -301,10 +319,16 @@ def _backward(
     if OUT == 1:
         o_bias = tl.load(OuterB).to(tl.float32)
         o_vector = _vector(OuterW, HIDDEN, BLOCK_H)
-        d_o_vector = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+        # Of a hidden unit's gradient the outer weight is left out until the end: its own gradient is the rest times
+        # what the unit was computed of.
+        i_pointers = InnerW + units[:, None] * DIM + features[None, :]
+        in_weight = (units < HIDDEN)[:, None] & (features < DIM)[None, :]
+        i_weight = tl.load(i_pointers, mask=in_weight, other=0.0).to(tl.float32)
+        back = split(i_weight * _vector(OuterW, HIDDEN, BLOCK_H)[:, None], PARTS)
         d_o_bias = tl.zeros([BLOCK_M], tl.float32)
     else:
         o = _matrix(OuterW, DIM, HIDDEN, BLOCK_D, BLOCK_H, PARTS)
+        back = i
         d_o = tl.zeros([BLOCK_D, BLOCK_H], tl.float32)
         d_o_sums = tl.zeros([BLOCK_D, 16], tl.float32)
     ones = tl.full([BLOCK_M, 16], 1.0, tl.float32).to(tl.bfloat16)  # biases and sums over tokens are products, too
@@ -323,9 +347,9 @@ def _backward(
         zero = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
         if HIGHWAY:
             gate, transformed, mixed = _gate(x, wide, g, g_bias, r, r_bias, ones, X_PARTS, PARTS)
-            # Of the gate's and the transformed tokens' results, by what their layers give.
-            g_slope = gate * (1.0 - gate) * (transformed - wide)
-            r_slope = tl.where(transformed > 0, gate, 0.0)
+            # d mixed / d gate's logit; and the gate, negative where relu lets nothing through.
+            slope = gate * (1.0 - gate) * (transformed - wide)
+            gate = tl.where(transformed > 0, gate, -gate)
             mixed = split(mixed, PARTS)
             hidden = product(mixed, flipped(i), _dot(ones, i_bias, zero), PARTS, PARTS)
         else:
@@ -339,56 +363,62 @@ def _backward(
                 d_out = (share * factor * sign) / (1.0 + tl.exp(logit))
             else:
                 d_out = tl.load(Grad + rows + first_row, mask=inside, other=0.0)
-            if TOKENS:
-                d_o_vector += d_out[:, None] * hidden
-                d_o_bias += d_out
-            d_hidden = d_out[:, None] * o_vector[None, :]
+            d_o_bias += d_out
+            d_hidden = tl.where(hidden > 0, d_out[:, None], (d_out * SLOPE)[:, None])
         else:
             pointers = (rows + first_row).to(tl.int64)[:, None] * DIM + features[None, :]
             loaded = inside[:, None] & (features < DIM)[None, :]
-            d_out = tl.load(Grad + pointers, mask=loaded, other=0.0) * factor
-            d = split(d_out, PARTS)
+            d_out = split(tl.load(Grad + pointers, mask=loaded, other=0.0) * factor, PARTS)
+            if OUTER:
+                d_o = product(flipped(d_out), split(hidden, PARTS), d_o, PARTS, PARTS)
+                d_o_sums = product(flipped(d_out), (ones, ones, ones), d_o_sums, PARTS, 1)
+                d_o, d_o_sums = _waited(d_o), _waited(d_o_sums)
+        if TOKENS or GATES:
+            if OUT > 1:
+                d_hidden = product(d_out, o, zero, PARTS, PARTS) * tl.where(hidden > 0, 1.0, SLOPE)
+            d = split(d_hidden, PARTS)
             if TOKENS:
-                d_o = product(flipped(d), split(hidden, PARTS), d_o, PARTS, PARTS)
-                d_o_sums = product(flipped(d), (ones, ones, ones), d_o_sums, PARTS, 1)
-            d_hidden = product(d, o, zero, PARTS, PARTS)
-        d = split(tl.where(hidden > 0, d_hidden, d_hidden * SLOPE), PARTS)
-        if TOKENS:
-            d_i = product(flipped(d), mixed, d_i, PARTS, PARTS if HIGHWAY else X_PARTS)
-            d_i_sums = product(flipped(d), (ones, ones, ones), d_i_sums, PARTS, 1)
-        zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        d_x = product(d, i, zero, PARTS, PARTS)
-        if HIGHWAY:
-            d_gate, d_transformed = split(d_x * g_slope, PARTS), split(d_x * r_slope, PARTS)
-            if GATES:
-                d_g = product(flipped(d_gate), x, d_g, PARTS, X_PARTS)
-                d_g_sums = product(flipped(d_gate), (ones, ones, ones), d_g_sums, PARTS, 1)
-                d_r = product(flipped(d_transformed), x, d_r, PARTS, X_PARTS)
-                d_r_sums = product(flipped(d_transformed), (ones, ones, ones), d_r_sums, PARTS, 1)
+                d_i = product(flipped(d), mixed, d_i, PARTS, PARTS if HIGHWAY else X_PARTS)
+                d_i_sums = product(flipped(d), (ones, ones, ones), d_i_sums, PARTS, 1)
+            zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            d_x = product(d, back, zero, PARTS, PARTS)
+            if HIGHWAY:
+                d_gate, d_transformed = split(d_x * slope, PARTS), split(d_x * tl.maximum(gate, 0.0), PARTS)
+                if GATES:
+                    d_g = product(flipped(d_gate), x, d_g, PARTS, X_PARTS)
+                    d_g_sums = product(flipped(d_gate), (ones, ones, ones), d_g_sums, PARTS, 1)
+                    d_r = product(flipped(d_transformed), x, d_r, PARTS, X_PARTS)
+                    d_r_sums = product(flipped(d_transformed), (ones, ones, ones), d_r_sums, PARTS, 1)
+                    d_g, d_g_sums, d_r, d_r_sums = _waited(d_g), _waited(d_g_sums), _waited(d_r), _waited(d_r_sums)
+                if TOKENS:
+                    d_x = product(d_gate, g, d_x - d_x * tl.abs(gate), PARTS, PARTS)
+                    d_x = product(d_transformed, r, d_x, PARTS, PARTS)
             if TOKENS:
-                d_x = product(d_gate, g, d_x - d_x * gate, PARTS, PARTS)
-                d_x = product(d_transformed, r, d_x, PARTS, PARTS)
-        if TOKENS:
-            stored = inside[:, None] & (features < DIM)[None, :]
-            pointers = offset[:, None] + features[None, :]
-            if ADDED:
-                d_x += tl.load(Before + pointers, mask=stored, other=0.0)
-            if MASKED:
-                d_x = tl.where(valid[:, None], d_x, 0.0)
-            tl.store(TokenGrad + pointers, d_x.to(TokenGrad.dtype.element_ty), mask=stored)
-    if GATES:
-        _store_sums(Sums, d_g, d_g_sums, SIGN, DIM, DIM)
-        _store_sums(Sums + (DIM + 1) * DIM, d_r, d_r_sums, SIGN, DIM, DIM)
+                stored = inside[:, None] & (features < DIM)[None, :]
+                pointers = offset[:, None] + features[None, :]
+                if ADDED:
+                    d_x += tl.load(Before + pointers, mask=stored, other=0.0)
+                if MASKED:
+                    d_x = tl.where(valid[:, None], d_x, 0.0)
+                tl.store(TokenGrad + pointers, d_x.to(TokenGrad.dtype.element_ty), mask=stored)
+    if HIGHWAY:
+        if GATES:
+            _store_sums(Sums, d_g, d_g_sums, SIGN, DIM, DIM)
+            _store_sums(Sums + (DIM + 1) * DIM, d_r, d_r_sums, SIGN, DIM, DIM)
+        Sums += 2 * (DIM + 1) * DIM
+    OuterSums = Sums + HIDDEN * (DIM + 1)
     if TOKENS:
-        if HIGHWAY:
-            Sums += 2 * (DIM + 1) * DIM
-        _store_sums(Sums, d_i, d_i_sums, SIGN, HIDDEN, DIM)
-        Sums += HIDDEN * (DIM + 1)
         if OUT == 1:
-            tl.store(Sums + units, tl.sum(d_o_vector, 0) * SIGN, mask=units < HIDDEN)
-            tl.store(Sums + HIDDEN, tl.sum(d_o_bias, 0) * SIGN)
-        else:
-            _store_sums(Sums, d_o, d_o_sums, SIGN, DIM, HIDDEN)
+            i_weight = tl.load(i_pointers, mask=in_weight, other=0.0).to(tl.float32)
+            d_outer = tl.sum(i_weight * d_i, 1) + _vector(InnerB, HIDDEN, BLOCK_H) * tl.max(d_i_sums, 1)
+            tl.store(OuterSums + units, d_outer * SIGN, mask=units < HIDDEN)
+            tl.store(OuterSums + HIDDEN, tl.sum(d_o_bias, 0) * SIGN)
+            outer = _vector(OuterW, HIDDEN, BLOCK_H)[:, None]
+            d_i *= outer
+            d_i_sums *= outer
+        _store_sums(Sums, d_i, d_i_sums, SIGN, HIDDEN, DIM)
+    if OUTER:
+        _store_sums(OuterSums, d_o, d_o_sums, SIGN, DIM, HIDDEN)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -406,14 +436,13 @@ def network_backward(
     Grad: [queries' rows + keys' rows, OUT]; LOSS needs none. Factor: what gradients are multiplied by (but for PLAIN).
     Before: other gradients of the queries and keys, to which these are ADDED. Sums: [programs, SIZE].
 
-    With a highway the gradients of all weights would not fit the registers: there are twice the programs then, half
-    of which compute those of the highway and nothing else. Each writes the part of its row of Sums that is its own.
+    The gradients of all weights of a network with a highway would not fit the registers: there are two programs for
+    each of its shares of the tokens then, or three where the outer weight is a matrix. One computes the gradients of
+    the tokens and the inner weights, one those of the highway's and one those of the outer weights. Each writes the
+    part of its row of Sums that is its own.
     """
-    program = tl.program_id(0)
     programs = query_programs + key_programs
-    gates = program >= programs
-    if gates:
-        program -= programs
+    role, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     Sums += program.to(tl.int64) * SIZE
     queries = program < query_programs
     X, Padding, Before, TokenGrad = Query, QueryPadding, QueryBefore, QueryGrad
@@ -429,58 +458,29 @@ def network_backward(
     factor = 1.0
     if RESULT != PLAIN:
         factor = tl.load(Factor)
-    if gates:
+    if role == 0:
         _backward(
             X, Padding, Shares, Grad, factor, Before, TokenGrad, Sums,
             GateW, GateB, TransformW, TransformB, InnerW, InnerB, OuterW, OuterB,
             stride_b, stride_h, stride_t, n_heads, length, n_rows, first_row, sign, program, step,
-            False, HIGHWAY, MASKED, WHOLE, HIGHWAY, RESULT, ADDED, SIGN, DIM, HIDDEN, OUT, BLOCK_D, BLOCK_H, BLOCK_M,
+            True, not HIGHWAY and OUT > 1, False, MASKED, WHOLE, HIGHWAY, RESULT, ADDED, SIGN, DIM, HIDDEN, OUT,
+            BLOCK_D, BLOCK_H, BLOCK_M,
         )  # fmt: skip
-    else:
-        _backward(
-            X, Padding, Shares, Grad, factor, Before, TokenGrad, Sums,
-            GateW, GateB, TransformW, TransformB, InnerW, InnerB, OuterW, OuterB,
-            stride_b, stride_h, stride_t, n_heads, length, n_rows, first_row, sign, program, step,
-            True, False, MASKED, WHOLE, HIGHWAY, RESULT, ADDED, SIGN, DIM, HIDDEN, OUT, BLOCK_D, BLOCK_H, BLOCK_M,
-        )  # fmt: skip
-
-
-@triton.jit
-def _tokens_of(Padding, b, n_batch, length, MASKED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr):
-    """How many tokens of each sequence are no padding."""
-    if not MASKED:
-        return tl.where(b < n_batch, length, 0)
-    count = tl.zeros([BLOCK_B], tl.int32)
-    for start in range(0, length, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        inside = (b < n_batch)[:, None] & (t < length)[None, :]
-        pointers = Padding + b.to(tl.int64)[:, None] * length + t[None, :]
-        count += tl.sum((tl.load(pointers, mask=inside, other=1) == 0).to(tl.int32), 1)
-    return count
-
-
-@triton.jit(do_not_specialize=["n_batch", "n_heads", "n_queries", "n_keys"])
-def token_shares(
-    QueryPadding, KeyPadding, Shares, n_batch, n_heads, n_queries, n_keys,
-    MASKED: tl.constexpr, MEAN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """Shares [2, B]: 1 / n of n queries and of n keys, 0 where one of the two has none. One program.
-
-    MEAN: divided by the number of other sequences and by that of heads.
-    """
-    counted = 0
-    for start in range(0, n_batch, BLOCK_B):
-        b = start + tl.arange(0, BLOCK_B)
-        queries = _tokens_of(QueryPadding, b, n_batch, n_queries, MASKED, BLOCK_B, BLOCK_T)
-        keys = _tokens_of(KeyPadding, b, n_batch, n_keys, MASKED, BLOCK_B, BLOCK_T)
-        both = (queries > 0) & (keys > 0)
-        counted += tl.sum(both.to(tl.int32), 0)
-        tl.store(Shares + b, tl.where(both, 1.0 / tl.maximum(queries, 1), 0.0), mask=b < n_batch)
-        tl.store(Shares + n_batch + b, tl.where(both, 1.0 / tl.maximum(keys, 1), 0.0), mask=b < n_batch)
-    if MEAN:
-        factor = 1.0 / (tl.maximum(counted, 1) * n_heads).to(tl.float32)
-        tl.debug_barrier()
-        for start in range(0, 2 * n_batch, BLOCK_B):
-            index = start + tl.arange(0, BLOCK_B)
-            share = tl.load(Shares + index, mask=index < 2 * n_batch, other=0.0)
-            tl.store(Shares + index, share * factor, mask=index < 2 * n_batch)
+    if HIGHWAY:
+        if role == 1:
+            _backward(
+                X, Padding, Shares, Grad, factor, Before, TokenGrad, Sums,
+                GateW, GateB, TransformW, TransformB, InnerW, InnerB, OuterW, OuterB,
+                stride_b, stride_h, stride_t, n_heads, length, n_rows, first_row, sign, program, step,
+                False, False, True, MASKED, WHOLE, HIGHWAY, RESULT, ADDED, SIGN, DIM, HIDDEN, OUT,
+                BLOCK_D, BLOCK_H, BLOCK_M,
+            )  # fmt: skip
+        if OUT > 1:  # noqa: SIM102 (decided by the compiler)
+            if role == 2:
+                _backward(
+                    X, Padding, Shares, Grad, factor, Before, TokenGrad, Sums,
+                    GateW, GateB, TransformW, TransformB, InnerW, InnerB, OuterW, OuterB,
+                    stride_b, stride_h, stride_t, n_heads, length, n_rows, first_row, sign, program, step,
+                    False, True, False, MASKED, WHOLE, HIGHWAY, RESULT, ADDED, SIGN, DIM, HIDDEN, OUT,
+                    BLOCK_D, BLOCK_H, BLOCK_M,
+                )  # fmt: skip

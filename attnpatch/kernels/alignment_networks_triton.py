@@ -16,13 +16,11 @@ import triton
 from torch import Tensor, nn
 
 from attnpatch.kernels import alignment_networks_device as device
+from attnpatch.kernels import alignment_shares_device
 from attnpatch.kernels.score_triton_device import INTERPRETED
 
 MAX_SIZE = 64
 """Of heads and hidden layers: wider weights do not fit registers and shared memory beside the gradients' sums."""
-
-SHARED_MEMORY = 200 << 10
-"""What the largest kernel, the critic's backward pass of float32 tokens, takes."""
 
 BLOCK_M = 16 if INTERPRETED else 64
 PLAIN, LOSS, HALVES, UNIT = (x.value for x in (device.PLAIN, device.LOSS, device.HALVES, device.UNIT))
@@ -33,8 +31,9 @@ def why_not(module: nn.Module, *tokens: Tensor) -> str | None:
     x = tokens[0]
     if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
         return f"they run on CUDA, and the tokens are on {x.device}"
-    if x.is_cuda and not _fits(x.device):
-        return f"they take GPUs with {SHARED_MEMORY >> 10} KiB of shared memory (H100 and above)"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] != 9:
+        # Elsewhere Triton keeps the weights in registers, of which there are too few, or has not been tried.
+        return "they take GPUs of compute capability 9 (H100, H200)"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"they take float32, float16 and bfloat16, and the tokens are {x.dtype}"
     if any(y.device != x.device or y.dtype != x.dtype for y in tokens):
@@ -69,12 +68,6 @@ def plainly(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 @functools.cache
-def _fits(device: torch.device) -> bool:
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major >= 8 and getattr(properties, "shared_memory_per_block_optin", 0) >= SHARED_MEMORY
-
-
-@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
@@ -99,13 +92,19 @@ class Tokens:
         lengths = length, self.key.shape[2]
         rows = self.batch * self.heads * length, 0 if key is None else self.batch * self.heads * lengths[1]
         self.rows = sum(rows)
-        blocks = [triton.cdiv(n, BLOCK_M) for n in rows]
-        most = _multiprocessors(query.device)
-        of_queries = most if key is None else min(max(1, round(most * blocks[0] / sum(blocks))), most - 1)
-        self.programs = min(blocks[0], of_queries), min(blocks[1], most - of_queries)
+        self.blocks = [triton.cdiv(n, BLOCK_M) for n in rows]
         self.whole = all(n % BLOCK_M == 0 for n in lengths)
         strides = (*self.query.stride()[:3], *self.key.stride()[:3])
-        self.scalars = (*strides, self.heads, *lengths, *rows, *self.programs)
+        self.scalars = (*strides, self.heads, *lengths, *rows)
+
+    def programs(self, each: int) -> tuple[int, int]:
+        """How many programs take queries and how many keys, of `each` on every multiprocessor."""
+        of_queries, of_keys = self.blocks
+        programs = _multiprocessors(self.query.device) * each
+        share = programs * of_queries // (of_queries + of_keys)
+        if of_keys:
+            share = min(max(share, 1), programs - 1)
+        return min(of_queries, share), min(of_keys, programs - share)
 
 
 def _laid_out(x: Tensor) -> Tensor:
@@ -118,7 +117,7 @@ def shares(tokens: Tokens, mean: bool) -> Tensor:
     result = torch.empty(2, tokens.batch, dtype=torch.float32, device=tokens.query.device)
     lengths = tokens.query.shape[2], tokens.key.shape[2]
     with torch.cuda.device_of(result):
-        device.token_shares[(1,)](
+        alignment_shares_device.token_shares[(1,)](
             *tokens.padding, result, tokens.batch, tokens.heads, *lengths,
             MASKED=tokens.masked, MEAN=mean, BLOCK_B=32, BLOCK_T=128,
         )  # fmt: skip
@@ -155,10 +154,11 @@ def forward(
     Of float32 tokens high is the whole, and low anything.
     """
     x, out = tokens.query, weights[-2].shape[0]
+    programs = tokens.programs(2)
     of_all = (tokens.rows, out)
     results: tuple[Tensor, ...]
     if result == LOSS:
-        results = (x.new_empty(sum(tokens.programs), dtype=torch.float32),)
+        results = (x.new_empty(sum(programs), dtype=torch.float32),)
     elif result == PLAIN:
         results = (x.new_empty(of_all, dtype=torch.float32),)
     else:
@@ -170,9 +170,9 @@ def forward(
         results += (x.new_empty(tokens.rows, dtype=torch.float32),) if result == UNIT else ()
     three = (*results, x, x)[:3]
     with torch.cuda.device_of(x):
-        device.network_forward[(sum(tokens.programs),)](
+        device.network_forward[(sum(programs),)](
             x, tokens.key, *tokens.padding, x if token_shares is None else token_shares, *three, *_eight(weights),
-            *tokens.scalars, **_constants(tokens, weights, result),
+            *tokens.scalars, *programs, **_constants(tokens, weights, result),
         )  # fmt: skip
     return results
 
@@ -197,20 +197,21 @@ def backward(
     d_x = torch.empty_like(x, dtype=dtype)
     grads = d_x, torch.empty_like(key, dtype=dtype) if tokens.two_sided else d_x
     sizes = [w.numel() for w in weights]
-    programs = sum(tokens.programs)
-    sums = x.new_empty(programs, sum(sizes), dtype=torch.float32)
+    roles = 1 if len(weights) == 4 else 2 if weights[-2].shape[0] == 1 else 3
+    programs = tokens.programs(2 if roles == 1 else 1)
+    sums = x.new_empty(sum(programs), sum(sizes), dtype=torch.float32)
     pointers = (
         x if token_shares is None else token_shares,
         x if grad is None else grad,
         x if factor is None else factor,
     )
     with torch.cuda.device_of(x):
-        device.network_backward[(programs * (2 if len(weights) > 4 else 1),)](
+        device.network_backward[(sum(programs) * roles,)](
             x, key, *tokens.padding, *pointers, *(grads if before is None else before), *grads, sums, *_eight(weights),
-            *tokens.scalars, ADDED=before is not None, SIGN=-1.0 if adversary else 1.0, SIZE=sum(sizes),
+            *tokens.scalars, *programs, ADDED=before is not None, SIGN=-1.0 if adversary else 1.0, SIZE=sum(sizes),
             **_constants(tokens, weights, result),
         )  # fmt: skip
-    parts = (sums[0] if programs == 1 else sums.sum(0)).split(sizes)
+    parts = sums.sum(0).split(sizes)
     return grads, [part.view_as(w).to(w.dtype) for part, w in zip(parts, weights, strict=True)]
 
 

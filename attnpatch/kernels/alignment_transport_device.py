@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnpatch.kernels.alignment_networks_device import flipped, product, split
+from attnpatch.kernels.alignment_networks_device import exp2, flipped, product, split
 
 LOG2E = tl.constexpr(1.4426950408889634)
 UNSPECIALISED = ["n_batch", "n_heads", "n_queries", "n_keys"]
@@ -92,8 +92,8 @@ def transport_means(
         other = _rows(Units, UnitsLow, other_base, first, others, DIM, BLOCK_N, BLOCK_D)
         cosine = product(unit, flipped(other), zero, PARTS, PARTS)
         new = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new[:, None])
-        scale = tl.exp2(top - new)
+        weights = exp2(scores - new[:, None])
+        scale = exp2(top - new)
         total = total * scale + tl.sum(weights, 1)
         gain = gain * scale + tl.sum(weights * cosine, 1)
         top = new
@@ -140,8 +140,8 @@ def transport_gradients(
         seen = shown[:, None] & (other_sums < float("inf"))[None, :]
         scores = tl.where(seen, scores, float("-inf"))
         cosine = product(unit, flipped(other_unit), zero, PARTS, PARTS)
-        there = share * tl.exp2(scores - sums[:, None])
-        back = other_share * tl.exp2(scores - other_sums[None, :])
+        there = share * exp2(scores - sums[:, None])
+        back = other_share * exp2(scores - other_sums[None, :])
         d_scores = there * (mean[:, None] - cosine) + back * (other_mean[None, :] - cosine)
         d_move = product(split(d_scores, PARTS), other_move, d_move, PARTS, PARTS)
         d_unit = product(split(there + back, PARTS), other_unit, d_unit, PARTS, PARTS)
