@@ -48,32 +48,40 @@ def test_dropout(seed: int) -> None:
         fast_cases.check_dropout("triton", kernel, (40, 24), 0.3)
 
 
-@pytest.mark.parametrize("kernel", KERNELS[:2])
-def test_masks_of_key_ranges(seed: int, kernel: tuple[str, int]) -> None:
-    """Keys at the end, the beginning or both hidden take loops without a mask; nothing visible, and holes, do not."""
-    lengths, n = torch.tensor([5, 33, 70, 64, 0, 70]), 70
-    begin = torch.tensor([0, 31, 32, 1, 0, 0])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kernel", [KERNELS[0], KERNELS[3]])
+def test_masks_as_models_give_them(seed: int, kernel: tuple[str, int], causal: bool) -> None:
+    """Keys at the end, the beginning or both hidden, from all queries or causally: skipped, or summed without a mask.
+    With holes, or one query that sees other keys, they are not."""
+    lengths, begin = torch.tensor([5, 33, 70, 64, 0, 70, 70]), torch.tensor([0, 31, 32, 1, 0, 0, 0])
+    n = 70
+    n_queries = n if causal else 21
     place = torch.arange(n)
     seen = (place < lengths[:, None]) & (place >= begin[:, None])
     seen[5, 7] = False
-    query, key, value = (torch.randn(6, 2, length, 16) for length in (21, n, n))
+    seen = seen[:, None, None].repeat(1, 1, n_queries, 1)
+    if causal:
+        seen &= torch.ones(n, n, dtype=torch.bool).tril()
+    seen[6, 0, 11, 3] ^= True
+    query, key, value = (torch.randn(7, 1, length, 16) for length in (n_queries, n, n))
     # Scores away from 0, as in fast_cases.check_against_oracle.
     query, key = query.abs() + 0.5, (key.abs() + 0.5) * torch.randn(n, 1).sign()
-    for x in (query, key, value):
-        x.requires_grad_()
-    grad = torch.randn(6, 2, 21, 16)
-    keep = seen[:, None, None]
-    for causal in (False, True):
-        full = keep & torch.ones(21, n, dtype=torch.bool).tril() if causal else keep
-        wanted = score.kernel_attention(
-            query, key, value, full, scale=0.25, kernel=kernel[0], degree=kernel[1], implementation="plain"
-        )
-        found = score_triton.triton_attention(query, key, value, keep, None, *kernel, 0.25, causal, 0.0, True)
-        gradients = torch.autograd.grad(found, (query, key, value), grad)
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-        for a, b in zip(gradients, torch.autograd.grad(wanted, (query, key, value), grad), strict=True):
+    inputs, grad = [query, key, value], torch.randn(7, 1, n_queries, 16)
+    arguments = {"kernel": kernel[0], "degree": kernel[1], "scale": 0.1}
+    wanted = fast_cases.run("plain", inputs, grad, torch.float64, attn_mask=seen, **arguments)
+    for mask in (seen, seen[:, :, :1]) if not causal else (seen,):
+        if mask.shape[2] == 1:
+            wanted = fast_cases.run("plain", inputs, grad, torch.float64, attn_mask=mask, **arguments)
+        found = fast_cases.run("triton", inputs, grad, torch.float32, attn_mask=mask, **arguments)
+        for a, b in zip(found, wanted, strict=True):
             # The true gradient of a row that sees one key is 0.
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    kinds = score_triton.mask_kinds(seen, n_queries)
+    assert kinds is not None
+    uniform, triangle = kinds[:, 0, :, 0].amin(-1), kinds[:, 0, :, 1].amin(-1)
+    alike = [1, 1, 1, 1, 1, 0, 0] if not causal else [0, 0, 0, 0, 1, 0, 0]
+    assert uniform.tolist() == alike
+    assert triangle.tolist() == ([1, 1, 1, 1, 1, 0, 0] if causal else [0, 0, 0, 0, 0, 0, 0])
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e4, -0.5])

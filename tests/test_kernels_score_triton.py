@@ -18,11 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from attnpatch.kernels import score_triton_device as t
 
-kinds = {"Mask": "*u8", "Sums": "*fp32", "Scales": "*fp32", "Rows": "*i64", "RowKeys": "*i32", "Seed": "*i64",
-         "scale": "fp32", "c": "fp32", "slope_factor": "fp32", "factor": "fp32", "finish": "fp32", "threshold": "i64"}
-for function, mask in ((t._forward, 1), (t._forward, 2), (t._key_gradients, 1), (t._query_gradients, 1),
-                       (t._row_statistics, 0)):
-    values = dict(KERNEL=0, DEGREE=2, CAUSAL=True, MASK=mask, DROPOUT=True, HEAD_DIM=80, BLOCK_D=128,
+kinds = {"Mask": "*u8", "Kinds": "*i32", "Sums": "*fp32", "Scales": "*fp32", "Rows": "*i64", "RowKeys": "*i32",
+         "Seed": "*i64", "scale": "fp32", "c": "fp32", "slope_factor": "fp32", "factor": "fp32", "finish": "fp32",
+         "threshold": "i64"}
+for function in (t._forward, t._key_gradients, t._query_gradients, t._row_statistics, t._mask_kind):
+    values = dict(KERNEL=0, DEGREE=2, CAUSAL=False, MASK=True, DROPOUT=True, BLOCK=128, HEAD_DIM=80, BLOCK_D=128,
                   PRECISION="tf32", BLOCK_M=64, BLOCK_N=64, RESIDUAL=True)
     constants = {name: values[name] for name in function.arg_names if name in values}
     signature = {
@@ -32,7 +32,7 @@ for function, mask in ((t._forward, 1), (t._forward, 2), (t._key_gradients, 1), 
     built = triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert built.metadata.shared <= 227 * 1024, built.metadata.shared
     # Products by warp groups, and no conversion of single numbers in the loops.
-    assert "wgmma" in built.asm["ptx"] or function is t._row_statistics
+    assert "wgmma" in built.asm["ptx"] or function in (t._row_statistics, t._mask_kind)
 """
 
 COMPILE_QUERY_VALUE = """

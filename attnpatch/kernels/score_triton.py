@@ -221,12 +221,12 @@ class _Call:
         self.size_class = max(self.n_queries, self.n_keys, 128).bit_length()
         self.c, self.slope_factor = _constants(kernel, degree, scale)
         self.finish = scale if query.dtype == torch.float16 else scale * self.slope_factor
-        self.mask, self.mask_strides, mask_kind = _mask(keep, query, key)
+        self.mask, self.mask_strides = _mask(keep, query, key)
         self.constants = {
             "KERNEL": KERNEL_CODES[kernel],
             "DEGREE": degree,
             "CAUSAL": is_causal,
-            "MASK": mask_kind,
+            "MASK": keep is not None,
             "DROPOUT": dropout_p > 0.0,
             "HEAD_DIM": head_dim,
             "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
@@ -262,13 +262,35 @@ def _precision(query: Tensor) -> str:
     return "tf32x3" if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0) else "ieee"
 
 
-def _mask(keep: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
-    """The mask as bytes, its strides over [B, H, T, S], and its kind: none (0), of keys alone (1), or any (2)."""
+def _mask(keep: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The mask as bytes and its strides over [B, H, T, S]; without a mask, something to point at."""
     if keep is None:
-        # Something to point at.
-        return query, (0, 0, 0, 0), 0
+        return query, (0, 0, 0, 0)
     full = keep.expand(*query.shape[:3], key.shape[2]).view(torch.uint8)
-    return full, full.stride(), 1 if full.stride(2) == 0 or full.shape[2] == 1 else 2
+    return full, full.stride()
+
+
+def mask_kinds(keep: Tensor | None, n_queries: int) -> Tensor | None:
+    """What a mask [B or 1, H or 1, T or 1, S] shows (see `_mask_kind`), [B or 1, H or 1, T in blocks, 4]."""
+    if keep is None:
+        return None
+    batch, heads, _, n_keys = keep.shape
+    rows = device.KIND_ROWS.value
+    blocks = triton.cdiv(n_queries, rows)
+    kinds = torch.empty((batch, heads, blocks, 4), dtype=torch.int32, device=keep.device)
+    strides = keep.expand(batch, heads, n_queries, n_keys).stride()
+    with torch.cuda.device_of(keep):
+        device._mask_kind[(blocks * batch * heads,)](
+            keep.view(torch.uint8), kinds, *strides, heads, n_queries, n_keys, BLOCK=64 if INTERPRETED else 128
+        )
+    return kinds
+
+
+def _kind_arguments(kinds: Tensor | None, query: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    if kinds is None:
+        return query, (0, 0)
+    batch, heads, blocks, _ = kinds.shape
+    return kinds, (0 if batch == 1 else heads * blocks, 0 if heads == 1 else blocks)
 
 
 def empty_outputs(query: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -295,18 +317,24 @@ def _forward(
     is_causal: bool,
     dropout_p: float,
     training: bool,
+    kinds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, H, T, D] in query's dtype, residual; row sums and row scales [B, H, T] in float32."""
+    """Output [B, H, T, D] in query's dtype, residual; row sums and row scales [B, H, T] in float32.
+
+    `kinds`: of the mask, if they are known.
+    """
     output, residual, sums, scales = empty_outputs(query, training)
     if output.numel() == 0:
         return output, residual, sums, scales
     call = _Call(query, key, keep, kernel, degree, scale, is_causal, dropout_p)
+    kinds = mask_kinds(keep, call.n_queries) if kinds is None else kinds
+    kinds, kind_strides = _kind_arguments(kinds, query)
     with torch.cuda.device_of(query):
         _launch(
             "forward", call.n_queries, call, "BLOCK_M",
-            query, key, value, call.mask, query if seed is None else seed, output, residual, sums, scales,
+            query, key, value, call.mask, kinds, query if seed is None else seed, output, residual, sums, scales,
             *query.stride(), *key.stride(), *value.stride(), *call.mask_strides, *output.stride(),
-            *call.forward_scalars(), RESIDUAL=residual.numel() > 0,
+            *kind_strides, *call.forward_scalars(), RESIDUAL=residual.numel() > 0,
         )  # fmt: skip
     return output, residual, sums, scales
 
@@ -327,16 +355,19 @@ def _backward(
     scale: float,
     is_causal: bool,
     dropout_p: float,
+    kinds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     if output.numel() == 0 or key.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     call = _Call(query, key, keep, kernel, degree, scale, is_causal, dropout_p)
+    kinds = mask_kinds(keep, call.n_queries) if kinds is None else kinds
+    kinds, kind_strides = _kind_arguments(kinds, query)
     padded = (call.programs, call.n_padded)
     rows = torch.empty(padded, dtype=torch.int64, device=query.device)
     row_keys = rows if seed is None else torch.empty((3, *padded), dtype=torch.int32, device=query.device)
-    tensors = (query, key, value, call.mask, grad, rows, scales, row_keys)
+    tensors = (query, key, value, call.mask, kinds, grad, rows, scales, row_keys)
     strides = (*query.stride(), *key.stride(), *value.stride(), *call.mask_strides, *grad.stride())
     with torch.cuda.device_of(query):
         device._row_statistics[(call.n_padded // 64 * call.programs,)](
@@ -345,9 +376,9 @@ def _backward(
             HEAD_DIM=call.constants["HEAD_DIM"], BLOCK_D=call.constants["BLOCK_D"], RESIDUAL=residual.numel() > 0,
             DROPOUT=seed is not None, BLOCK_M=64,
         )  # fmt: skip
-        arguments = (*tensors, dk, dv, *strides, *dk.stride(), *dv.stride(), *call.backward_scalars())
+        arguments = (*tensors, dk, dv, *strides, *dk.stride(), *dv.stride(), *kind_strides, *call.backward_scalars())
         _launch("key", call.n_keys, call, "BLOCK_N", *arguments)
-        arguments = (*tensors, dq, *strides, *dq.stride(), *call.backward_scalars())
+        arguments = (*tensors, dq, *strides, *dq.stride(), *kind_strides, *call.backward_scalars())
         _launch("query", call.n_queries, call, "BLOCK_M", *arguments)
     return dq, dk, dv
 
@@ -359,7 +390,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         query, key, value, keep, seed, *options = arguments
         ctx.options = options[:-1]
-        output, *rest = _forward(query, key, value, keep, seed, *options)
+        ctx.kinds = mask_kinds(keep, query.shape[2])
+        output, *rest = _forward(query, key, value, keep, seed, *options, kinds=ctx.kinds)
         ctx.save_for_backward(query, key, value, keep, output, *rest, seed)
         return output
 
@@ -368,7 +400,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             # The gradient's own gradient: the operator says that there is none.
             return (*triton_attention_backward_op(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8)
-        return (*_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8)
+        return (*_backward(grad, *ctx.saved_tensors, *ctx.options, kinds=ctx.kinds), *[None] * 8)
 
 
 def triton_attention(*arguments: Any) -> Tensor:

@@ -5,9 +5,11 @@ written for few instructions, because elementwise work and not the matrix produc
 (docs/performance.md):
 
 - Expressive weights are x^2 / (c + x^2) of the plain products x = q k, with c = 1 / scale^2: a multiplication, an
-  addition, a reciprocal, a multiplication. A key that a mask of keys hides has c = infinity, at no cost.
-- Blocks are masked only where something is hidden: beyond the last key x = 0 and f(0) = 0, and of a causal mask the
-  blocks on the diagonal.
+  addition, a reciprocal, a multiplication.
+- Blocks are masked only where something is hidden: beyond the last key x = 0 and f(0) = 0, and of a causal mask it is
+  the blocks on the diagonal. What a mask in memory looks like is found out first (`_mask_kind`), as models give causal
+  masks and padding so: one that shows all queries the same range of keys, or such a range causally, is read on the
+  diagonal alone, and what it hides is skipped.
 - A row whose sum under- or overflows is computed again in the same program, scaled by a number m that is saved beside
   the sum: f(z) is z^2 / m^2 / (1 + z^2), (z / m)^degree, or elu(z) + 1 over exp(m) for a negative m and over 1 + m
   for a positive one. m = 1 (elu: 0) in every other row; m = inf means that all visible scores are zero, and the row
@@ -158,26 +160,95 @@ def _visible(
     inside = (rows < n_queries) & (cols < n_keys)
     if CAUSAL:
         inside = inside & (rows >= cols)
-    if MASK == 1:
-        seen = tl.load(Mask + cols.to(tl.int64) * stride_ms, mask=cols < n_keys, other=0) != 0
-        inside = inside & seen
-    if MASK == 2:
+    if MASK:
         pointers = Mask + rows.to(tl.int64) * stride_mt + cols.to(tl.int64) * stride_ms
         inside = inside & (tl.load(pointers, mask=inside, other=0) != 0)
     return inside
 
 
+# What a mask shows: anything; all queries the same range of keys; such a range, and of it no keys after themselves.
+ANY = tl.constexpr(0)
+RANGE = tl.constexpr(1)
+CAUSAL_RANGE = tl.constexpr(2)
+KIND_ROWS = tl.constexpr(64)
+
+
 @triton.jit
-def _key_range(Mask, stride_ms, n_keys):
-    """(first, last + 1, whether all between are seen) of the keys that a mask of keys shows."""
+def _mask_kind(
+    Mask, Kinds, stride_mb, stride_mh, stride_mt, stride_ms, n_heads, n_queries, n_keys,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """For each KIND_ROWS queries of a mask, four numbers: whether it is a RANGE, a CAUSAL_RANGE, and the range."""
+    block, head = _place(n_queries, KIND_ROWS)
+    Mask += (head // n_heads).to(tl.int64) * stride_mb + (head % n_heads).to(tl.int64) * stride_mh
+    rows = block * KIND_ROWS + tl.arange(0, KIND_ROWS)
     first, last, count = n_keys, 0, 0
-    for start in range(0, n_keys, 512):
-        cols = start + tl.arange(0, 512)
-        seen = tl.load(Mask + cols.to(tl.int64) * stride_ms, mask=cols < n_keys, other=0) != 0
-        first = tl.minimum(first, tl.min(tl.where(seen, cols, n_keys), 0))
-        last = tl.maximum(last, tl.max(tl.where(seen, cols + 1, 0), 0))
-        count += tl.sum(seen.to(tl.int32), 0)
-    return first, last, count == last - first
+    ranges = tl.full([KIND_ROWS], 1, tl.int32)
+    causals = tl.full([KIND_ROWS], 1, tl.int32)
+    for start in range(0, n_keys, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        # The last query sees the whole range, whichever kind it is.
+        place = Mask + cols.to(tl.int64) * stride_ms
+        lowest = tl.load(place + (n_queries - 1).to(tl.int64) * stride_mt, mask=cols < n_keys, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(lowest, cols, n_keys), 0))
+        last = tl.maximum(last, tl.max(tl.where(lowest, cols + 1, 0), 0))
+        count += tl.sum(lowest.to(tl.int32), 0)
+        inside = (rows < n_queries)[:, None] & (cols < n_keys)[None, :]
+        seen = tl.load(place[None, :] + rows.to(tl.int64)[:, None] * stride_mt, mask=inside, other=0) != 0
+        same = ~inside | (seen == lowest[None, :])
+        causal = ~inside | (seen == (lowest[None, :] & (rows[:, None] >= cols[None, :])))
+        ranges = tl.minimum(ranges, tl.min(same.to(tl.int32), 1))
+        causals = tl.minimum(causals, tl.min(causal.to(tl.int32), 1))
+    first = tl.minimum(first, last)
+    one = count == last - first
+    Kinds += (head.to(tl.int64) * tl.cdiv(n_queries, KIND_ROWS) + block) * 4
+    tl.store(Kinds, tl.where(one, tl.min(ranges, 0), 0))
+    tl.store(Kinds + 1, tl.where(one & (n_queries == n_keys), tl.min(causals, 0), 0))
+    tl.store(Kinds + 2, first)
+    tl.store(Kinds + 3, last)
+
+
+@triton.jit
+def _kind(Kinds, head, n_heads, n_queries, n_keys, stride_kind_b, stride_kind_h, MASK: tl.constexpr):
+    """(ANY, RANGE or CAUSAL_RANGE, its first key, its last + 1) of a head; without a mask all keys are one range."""
+    kind, first, last = RANGE, 0, n_keys
+    if MASK:
+        blocks = tl.cdiv(n_queries, KIND_ROWS)
+        Kinds += ((head // n_heads) * stride_kind_b + (head % n_heads) * stride_kind_h).to(tl.int64) * 4
+        ranges, causals = 1, 1
+        for start in range(0, blocks, 128):
+            index = start + tl.arange(0, 128)
+            ranges = tl.minimum(ranges, tl.min(tl.load(Kinds + 4 * index, mask=index < blocks, other=1), 0))
+            causals = tl.minimum(causals, tl.min(tl.load(Kinds + 4 * index + 1, mask=index < blocks, other=1), 0))
+        first, last = tl.load(Kinds + 2), tl.load(Kinds + 3)
+        kind = tl.where(ranges > 0, RANGE, tl.where(causals > 0, CAUSAL_RANGE, ANY))
+    return kind, first, last
+
+
+@triton.jit
+def _key_bounds(
+    kind, first, last, start, n_keys, KERNEL: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """For queries from `start` on: keys from `begin` to `whole` without a mask, from there to `end` with one."""
+    begin, end = first // BLOCK_N * BLOCK_N, last
+    whole = end
+    if CAUSAL:
+        end = tl.minimum(end, start + BLOCK_M)
+        # Before it every key is seen by every query of the block.
+        whole = tl.minimum(end, start) // BLOCK_N * BLOCK_N
+    if MASK:
+        if kind == CAUSAL_RANGE:
+            end = tl.minimum(end, start + BLOCK_M)
+            whole = tl.minimum(end, start) // BLOCK_N * BLOCK_N
+        if kind == ANY:
+            begin, whole, end = 0, 0, n_keys
+        end = tl.maximum(end, begin)
+        whole = tl.maximum(whole, begin)
+    if KERNEL == 2:
+        # elu(0) + 1 is not 0: what is beyond the last key has to be hidden.
+        whole = begin
+    return begin, whole, end
 
 
 @triton.jit
@@ -252,29 +323,6 @@ def _place(n, BLOCK: tl.constexpr):
     return tl.program_id(0) % blocks, tl.program_id(0) // blocks
 
 
-@triton.jit
-def _bounds(
-    Mask, start, stride_ms, n_keys, CAUSAL: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Where the loops over the keys begin and end for queries from `start` on: (begin, whole, last) without a mask up
-    to `whole`, with the causal one from there to `last`; (0, masked_last) of the loop with a mask of keys that shows
-    no single range, else that range."""
-    begin, whole, last, masked_last, seen_from, seen_to = 0, 0, n_keys, 0, 0, n_keys
-    if CAUSAL:
-        last = tl.minimum(n_keys, start + BLOCK_M)
-    if MASK == 1:
-        seen_from, seen_to, one = _key_range(Mask, stride_ms, n_keys)
-        masked_last = tl.where(one, 0, last)
-        last = tl.where(one, tl.minimum(last, seen_to), 0)
-        begin = tl.minimum(seen_from // BLOCK_N * BLOCK_N, last)
-        whole = begin
-    if CAUSAL:
-        # Before it every key is seen by every row of the block.
-        whole = tl.maximum(begin, tl.minimum(last, start) // BLOCK_N * BLOCK_N)
-    return begin, whole, last, masked_last, seen_from, seen_to
-
-
 # --- forward -----------------------------------------------------------------------------------------------------
 
 
@@ -311,10 +359,10 @@ def _sum_keys(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _forward(
-    Query, Key, Value, Mask, Seed, Output, Residual, Sums, Scales,
+    Query, Key, Value, Mask, Kinds, Seed, Output, Residual, Sums, Scales,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mt, stride_ms,
-    stride_ob, stride_oh, stride_ot, stride_od,
+    stride_ob, stride_oh, stride_ot, stride_od, stride_kind_b, stride_kind_h,
     n_heads, n_queries, n_keys, scale, c, threshold, factor,
     KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -333,32 +381,23 @@ def _forward(
     first, second, third = rows, rows, rows
     if DROPOUT:
         first, second, third = _row_keys(rows, head, Seed)
-    begin, whole, last, masked_last, seen_from, seen_to = _bounds(
-        Mask, start, stride_ms, n_keys, CAUSAL, MASK, BLOCK_M, BLOCK_N
-    )
+    kind, seen_from, seen_to = _kind(Kinds, head, n_heads, n_queries, n_keys, stride_kind_b, stride_kind_h, MASK)
+    begin, whole, end = _key_bounds(kind, seen_from, seen_to, start, n_keys, KERNEL, CAUSAL, MASK, BLOCK_M, BLOCK_N)
     neutral = 0.0 if KERNEL == 2 else 1.0
     m = tl.full([BLOCK_M], neutral, tl.float32)
     summed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    # f(0) = 0 hides what is beyond the last key; elu(0) + 1 does not.
-    EVERYWHERE: tl.constexpr = KERNEL == 2 or MASK == 2
-    if MASK == 1:
-        summed, total = _sum_keys(
-            summed, total, q, m, Key, Value, Mask, rows, first, second, third, threshold, scale, c, 0, masked_last,
-            0, n_keys, stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys, False,
-            True, KERNEL, DEGREE, CAUSAL, MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    if CAUSAL:
-        summed, total = _sum_keys(
-            summed, total, q, m, Key, Value, Mask, rows, first, second, third, threshold, scale, c, begin, whole,
-            seen_from, seen_to, stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys,
-            False, EVERYWHERE, KERNEL, DEGREE, False, MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
-        )  # fmt: skip
     summed, total = _sum_keys(
-        summed, total, q, m, Key, Value, Mask, rows, first, second, third, threshold, scale, c, whole, last,
+        summed, total, q, m, Key, Value, Mask, rows, first, second, third, threshold, scale, c, begin, whole,
         seen_from, seen_to, stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys,
-        False, CAUSAL or EVERYWHERE, KERNEL, DEGREE, CAUSAL, MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        False, False, KERNEL, DEGREE, False, False, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
+    if CAUSAL or MASK or KERNEL == 2:
+        summed, total = _sum_keys(
+            summed, total, q, m, Key, Value, Mask, rows, first, second, third, threshold, scale, c, whole, end,
+            0, n_keys, stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys,
+            False, True, KERNEL, DEGREE, CAUSAL, MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
     # Not a number fails the comparisons, too. float16 has no digits left for small weights.
     smallest = 0.5 if Output.dtype.element_ty == tl.float16 else SMALLEST
     lost = (rows < n_queries) & ~((total >= smallest) & (total <= LARGEST))
@@ -525,11 +564,11 @@ def _sum_queries(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _key_gradients(
-    Query, Key, Value, Mask, Grad, Rows, Scales, RowKeys, KeyGrad, ValueGrad,
+    Query, Key, Value, Mask, Kinds, Grad, Rows, Scales, RowKeys, KeyGrad, ValueGrad,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mt, stride_ms,
     stride_gb, stride_gh, stride_gt, stride_gd, stride_yb, stride_yh, stride_ys, stride_yd,
-    stride_wb, stride_wh, stride_ws, stride_wd,
+    stride_wb, stride_wh, stride_ws, stride_wd, stride_kind_b, stride_kind_h,
     n_heads, n_queries, n_keys, n_padded, n_rows, scale, c, slope_factor, threshold, factor, finish,
     KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -550,48 +589,53 @@ def _key_gradients(
     Rows += padded
     RowKeys += padded
     Scales += head.to(tl.int64) * n_queries
-    k = _tile(Key, block * BLOCK_N, n_keys, stride_ks, stride_kd, HEAD_DIM, BLOCK_D, BLOCK_N)
-    v = _tile(Value, block * BLOCK_N, n_keys, stride_vs, stride_vd, HEAD_DIM, BLOCK_D, BLOCK_N)
-    end = n_queries
-    if MASK == 1:
-        # Hidden keys are zero: f(0) = f'(0) = 0.
-        seen = tl.load(Mask + cols.to(tl.int64) * stride_ms, mask=cols < n_keys, other=0) != 0
-        k = tl.where(seen[:, None], k, tl.zeros_like(k))
-        v = tl.where(seen[:, None], v, tl.zeros_like(v))
-        end = tl.where(tl.max(seen.to(tl.int32), 0) > 0, n_queries, 0)
+    kind, seen_from, seen_to = _kind(Kinds, head, n_heads, n_queries, n_keys, stride_kind_b, stride_kind_h, MASK)
+    if MASK:
+        seen_from = tl.where(kind == ANY, 0, seen_from)
+        seen_to = tl.where(kind == ANY, n_keys, seen_to)
+    # Hidden keys are zero: f(0) = f'(0) = 0.
+    k = _tile(Key, block * BLOCK_N, seen_to, stride_ks, stride_kd, HEAD_DIM, BLOCK_D, BLOCK_N, seen_from)
+    v = _tile(Value, block * BLOCK_N, seen_to, stride_vs, stride_vd, HEAD_DIM, BLOCK_D, BLOCK_N, seen_from)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    begin = 0
-    whole = 0
-    if CAUSAL:
+    # Queries from `begin` to `whole` with a mask, from there to `end` without.
+    begin, whole, end = 0, 0, n_queries
+    causal = CAUSAL
+    if MASK:
+        causal = kind == CAUSAL_RANGE
+        end = tl.where((block * BLOCK_N < seen_to) & ((block + 1) * BLOCK_N > seen_from), n_queries, 0)
+    if causal:
         # Queries before these keys see none of them; from the last key on they see all.
         begin = tl.minimum((block * BLOCK_N) // BLOCK_M * BLOCK_M, end)
         whole = tl.minimum(tl.cdiv((block + 1) * BLOCK_N, BLOCK_M) * BLOCK_M, end)
-    # Rows with scales of their own are rare: a head without any takes the loop without them.
+    if MASK:
+        whole = tl.where(kind == ANY, end, whole)
+    if KERNEL == 2:
+        whole = end
+    # Rows with scales of their own are rare: a head without any takes the loops without them.
     scaled_end = begin
     if _any_scaled(Scales, n_queries, KERNEL) > 0:
         scaled_end = end
         end = begin
         whole = begin
-    EVERYWHERE: tl.constexpr = KERNEL == 2 or MASK == 2
     dk, dv = _sum_queries(
         dk, dv, k, v, Query, Grad, Mask, Rows, Scales, RowKeys, cols, begin, scaled_end,
         stride_qt, stride_qd, stride_gt, stride_gd, stride_mt, stride_ms,
         n_queries, n_keys, n_rows, scale, c, slope_factor, threshold, factor, True, True,
         KERNEL, DEGREE, CAUSAL, MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
     )  # fmt: skip
-    if CAUSAL:
+    if CAUSAL or MASK or KERNEL == 2:
         dk, dv = _sum_queries(
             dk, dv, k, v, Query, Grad, Mask, Rows, Scales, RowKeys, cols, begin, whole,
             stride_qt, stride_qd, stride_gt, stride_gd, stride_mt, stride_ms,
             n_queries, n_keys, n_rows, scale, c, slope_factor, threshold, factor, False, True,
-            KERNEL, DEGREE, True, MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+            KERNEL, DEGREE, CAUSAL, MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
         )  # fmt: skip
     dk, dv = _sum_queries(
         dk, dv, k, v, Query, Grad, Mask, Rows, Scales, RowKeys, cols, whole, end,
         stride_qt, stride_qd, stride_gt, stride_gd, stride_mt, stride_ms,
-        n_queries, n_keys, n_rows, scale, c, slope_factor, threshold, factor, False, EVERYWHERE,
-        KERNEL, DEGREE, False, MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+        n_queries, n_keys, n_rows, scale, c, slope_factor, threshold, factor, False, False,
+        KERNEL, DEGREE, False, False, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
     )  # fmt: skip
     stored = (cols < n_keys)[:, None] & (features < HEAD_DIM)[None, :]
     index = cols.to(tl.int64)[:, None]
@@ -635,10 +679,11 @@ def _sum_keys_of_gradients(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _query_gradients(
-    Query, Key, Value, Mask, Grad, Rows, Scales, RowKeys, QueryGrad,
+    Query, Key, Value, Mask, Kinds, Grad, Rows, Scales, RowKeys, QueryGrad,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mt, stride_ms,
     stride_gb, stride_gh, stride_gt, stride_gd, stride_xb, stride_xh, stride_xt, stride_xd,
+    stride_kind_b, stride_kind_h,
     n_heads, n_queries, n_keys, n_padded, n_rows, scale, c, slope_factor, threshold, factor, finish,
     KERNEL: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -666,42 +711,30 @@ def _query_gradients(
     if DROPOUT:
         first, second, third = _load_row_keys(RowKeys + padded, n_rows)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin, whole, last, masked_last, seen_from, seen_to = _bounds(
-        Mask, start, stride_ms, n_keys, CAUSAL, MASK, BLOCK_M, BLOCK_N
-    )
-    scaled_last = 0
+    kind, seen_from, seen_to = _kind(Kinds, head, n_heads, n_queries, n_keys, stride_kind_b, stride_kind_h, MASK)
+    begin, whole, end = _key_bounds(kind, seen_from, seen_to, start, n_keys, KERNEL, CAUSAL, MASK, BLOCK_M, BLOCK_N)
+    scaled_end = begin
     if tl.max((m != neutral).to(tl.int32), 0) > 0:
-        scaled_last = n_keys
-        if CAUSAL:
-            scaled_last = tl.minimum(n_keys, start + BLOCK_M)
-        begin, whole, last, masked_last = 0, 0, 0, 0
-    EVERYWHERE: tl.constexpr = KERNEL == 2 or MASK == 2
+        scaled_end, whole, end = end, begin, begin
     dq = _sum_keys_of_gradients(
-        dq, q, g, m, inverse, delta, Key, Value, Mask, rows, first, second, third, 0, scaled_last, 0, n_keys,
+        dq, q, g, m, inverse, delta, Key, Value, Mask, rows, first, second, third, begin, scaled_end, 0, n_keys,
         stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys,
         scale, c, slope_factor, threshold, factor, True, True, KERNEL, DEGREE, CAUSAL, MASK, DROPOUT,
         HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
-    if MASK == 1:
+    dq = _sum_keys_of_gradients(
+        dq, q, g, m, inverse, delta, Key, Value, Mask, rows, first, second, third, begin, whole, seen_from, seen_to,
+        stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys,
+        scale, c, slope_factor, threshold, factor, False, False, KERNEL, DEGREE, False, False, DROPOUT,
+        HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    if CAUSAL or MASK or KERNEL == 2:
         dq = _sum_keys_of_gradients(
-            dq, q, g, m, inverse, delta, Key, Value, Mask, rows, first, second, third, 0, masked_last, 0, n_keys,
+            dq, q, g, m, inverse, delta, Key, Value, Mask, rows, first, second, third, whole, end, 0, n_keys,
             stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys,
             scale, c, slope_factor, threshold, factor, False, True, KERNEL, DEGREE, CAUSAL, MASK, DROPOUT,
             HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
-    if CAUSAL:
-        dq = _sum_keys_of_gradients(
-            dq, q, g, m, inverse, delta, Key, Value, Mask, rows, first, second, third, begin, whole, seen_from,
-            seen_to, stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys,
-            scale, c, slope_factor, threshold, factor, False, EVERYWHERE, KERNEL, DEGREE, False, MASK, DROPOUT,
-            HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    dq = _sum_keys_of_gradients(
-        dq, q, g, m, inverse, delta, Key, Value, Mask, rows, first, second, third, whole, last, seen_from, seen_to,
-        stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys,
-        scale, c, slope_factor, threshold, factor, False, CAUSAL or EVERYWHERE, KERNEL, DEGREE, CAUSAL, MASK, DROPOUT,
-        HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
-    )  # fmt: skip
     stored = inside[:, None] & (features < HEAD_DIM)[None, :]
     pointers = QueryGrad + b * stride_xb + h * stride_xh + rows.to(tl.int64)[:, None] * stride_xt
     pointers += features[None, :] * stride_xd
