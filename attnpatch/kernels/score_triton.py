@@ -306,6 +306,7 @@ def empty_outputs(query: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor
 
 
 def _forward(
+    kinds: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -317,17 +318,15 @@ def _forward(
     is_causal: bool,
     dropout_p: float,
     training: bool,
-    kinds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output [B, H, T, D] in query's dtype, residual; row sums and row scales [B, H, T] in float32.
 
-    `kinds`: of the mask, if they are known.
+    `kinds`: `mask_kinds` of `keep`.
     """
     output, residual, sums, scales = empty_outputs(query, training)
     if output.numel() == 0:
         return output, residual, sums, scales
     call = _Call(query, key, keep, kernel, degree, scale, is_causal, dropout_p)
-    kinds = mask_kinds(keep, call.n_queries) if kinds is None else kinds
     kinds, kind_strides = _kind_arguments(kinds, query)
     with torch.cuda.device_of(query):
         _launch(
@@ -340,6 +339,7 @@ def _forward(
 
 
 def _backward(
+    kinds: Tensor | None,
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -355,14 +355,12 @@ def _backward(
     scale: float,
     is_causal: bool,
     dropout_p: float,
-    kinds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     if output.numel() == 0 or key.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     call = _Call(query, key, keep, kernel, degree, scale, is_causal, dropout_p)
-    kinds = mask_kinds(keep, call.n_queries) if kinds is None else kinds
     kinds, kind_strides = _kind_arguments(kinds, query)
     padded = (call.programs, call.n_padded)
     rows = torch.empty(padded, dtype=torch.int64, device=query.device)
@@ -391,7 +389,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, keep, seed, *options = arguments
         ctx.options = options[:-1]
         ctx.kinds = mask_kinds(keep, query.shape[2])
-        output, *rest = _forward(query, key, value, keep, seed, *options, kinds=ctx.kinds)
+        output, *rest = _forward(ctx.kinds, query, key, value, keep, seed, *options)
         ctx.save_for_backward(query, key, value, keep, output, *rest, seed)
         return output
 
@@ -400,7 +398,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             # The gradient's own gradient: the operator says that there is none.
             return (*triton_attention_backward_op(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8)
-        return (*_backward(grad, *ctx.saved_tensors, *ctx.options, kinds=ctx.kinds), *[None] * 8)
+        return (*_backward(ctx.kinds, grad, *ctx.saved_tensors, *ctx.options), *[None] * 8)
 
 
 def triton_attention(*arguments: Any) -> Tensor:
@@ -430,7 +428,8 @@ def triton_attention_op(
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `_forward`, for torch.compile, exports, transforms and dispatch modes."""
-    return _forward(query, key, value, keep, seed, kernel, degree, scale, is_causal, dropout_p, training)
+    kinds = mask_kinds(keep, query.shape[2])
+    return _forward(kinds, query, key, value, keep, seed, kernel, degree, scale, is_causal, dropout_p, training)
 
 
 @torch.library.custom_op("attnpatch::triton_attention_backward", mutates_args=())
@@ -453,7 +452,8 @@ def triton_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_backward`."""
     tensors = (query, key, value, keep, output, residual, sums, scales, seed)
-    return _backward(grad, *tensors, kernel, degree, scale, is_causal, dropout_p)
+    kinds = mask_kinds(keep, query.shape[2])
+    return _backward(kinds, grad, *tensors, kernel, degree, scale, is_causal, dropout_p)
 
 
 @triton_attention_op.register_fake
