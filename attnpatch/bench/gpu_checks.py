@@ -37,7 +37,7 @@ def run(device: str, dry: bool) -> tuple[list[dict[str, Any]], dict[str, list[st
     if dry:
         done = [_done(item) for item in work]
     else:
-        work += [("compile", case, device, dry) for case in _to_compile()]
+        work += [("compile", case, device, dry) for case in CALLS]
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(14, available_cpus()), mp_context=spawn) as pool:
             done = list(pool.map(_done, work))
@@ -66,7 +66,7 @@ def _done(work: Work) -> dict[str, Any]:
     label = {"case": " ".join(map(str, (kind, *case)))}
     try:
         if kind == "compile":
-            _compile(*case, device=device)
+            _compile(case, device)
             return label
         checks: dict[str, Callable[..., dict[str, float]]]
         checks = {"score": check_case, "query_value": check_pairwise, "alignment": check_alignment}
@@ -235,36 +235,20 @@ def check_alignment(case: tuple[str, int, int, int, int, str], device: str, dry:
 
 # --- compilation, and graphs -------------------------------------------------------------------------------------
 
-
-def _to_compile() -> list[tuple[Any, ...]]:
-    """Block sizes that are tuned among later, and the kind of call."""
-    from attnpatch.kernels import dispatch, query_value_triton
-
-    ways = (("bfloat16", False, 0.0), ("bfloat16", True, 0.1), (SINGLE, False, 0.0))
-    found: list[tuple[Any, ...]] = [("score", size, *way) for way in ways for size in dispatch.score_triton.all_sizes()]
-    return found + [("query_value", size) for size in query_value_triton.all_sizes()]
+CALLS = ((256, False, 0.0), (2048, False, 0.0), (256, True, 0.1), (256, True, 0.0))
+"""Kinds of calls that are timed later: queries and keys, whether there is a mask, and dropout."""
 
 
-def _compile(what: str, sizes: Any, *way: Any, device: str) -> None:
+def _compile(case: tuple[Any, ...], device: str) -> None:
     import torch
 
-    from attnpatch.kernels import dispatch, query_value_triton, score
+    from attnpatch.kernels import score
 
-    if what == "query_value":
-        weights = torch.rand(2, 256, 256, device=device, requires_grad=True)
-        value, gate_q, gate_v = (torch.randn(2, 256, 64, device=device, requires_grad=True) for _ in range(3))
-        with query_value_triton.fixed_sizes(sizes):
-            output = query_value_triton.gated_value_sum(weights, value, gate_q, gate_v, None, None)
-            torch.autograd.grad(output.sum(), (weights, value, gate_q, gate_v))
-        return
-    dtype, masked, dropout_p = way
-    q, k, v = (torch.randn(1, 2, 256, 64, device=device, dtype=getattr(torch, dtype)) for _ in range(3))
-    for x in (q, k, v):
-        x.requires_grad_()
-    mask = torch.ones(1, 1, 1, 256, device=device, dtype=torch.bool) if masked else None
-    with dispatch.score_triton.fixed_sizes(sizes):
-        output = score.expressive_attention(q, k, v, mask, dropout_p)
-        torch.autograd.grad(output.sum(), (q, k, v))
+    length, masked, dropout_p = case
+    q, k, v = (torch.randn(1, 2, length, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    mask = torch.ones(1, 1, length, length, device=device, dtype=torch.bool) if masked else None
+    output = score.expressive_attention(q, k, v, mask, dropout_p)
+    torch.autograd.grad(output.sum(), (q, k, v))
 
 
 def graph(device: str) -> str:

@@ -238,5 +238,9 @@ def describe() -> dict[str, object]:
     if score_triton is None:
         found["triton"] = _why_not_triton(torch.empty(0), torch.empty(0))
     else:
-        found["triton"] = f"block sizes {'tuned' if score_triton.tuning() else 'fixed'} ({score_triton.TUNE_VARIABLE})"
+        for device in (f"cuda:{i}" for i in range(torch.cuda.device_count())):
+            timed = score_triton.tuning(torch.empty(0, device=device))
+            found[f"block sizes on {device}"] = (
+                f"{'timed when a kind of call first comes' if timed else 'fixed'} ({score_triton.TUNE_VARIABLE})"
+            )
     return found

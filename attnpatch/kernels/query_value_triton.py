@@ -35,8 +35,6 @@ A key of weight 0 adds 0 times its value, as in the plain form: nothing, if the 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
@@ -404,24 +402,7 @@ Sizes = tuple[int, int, int]
 _FORWARD: list[Sizes] = [(64, 4, 2), (64, 4, 4), (32, 4, 4), (64, 8, 4)]
 _BACKWARD: list[Sizes] = [(64, 4, 2), (64, 4, 4), (32, 4, 4), (64, 8, 2)]
 _SMALL: Sizes = (16, 4, 4)
-_sizes: Sizes | None = None
 _KEY = ["size_class", "TANH", "BLOCK_D"]
-
-
-def all_sizes() -> list[Sizes]:
-    """What tuning chooses among."""
-    return sorted({*_FORWARD, *_BACKWARD})
-
-
-@contextlib.contextmanager
-def fixed_sizes(sizes: Sizes) -> Iterator[None]:
-    """Within it both passes run with these sizes, untuned."""
-    global _sizes
-    before, _sizes = _sizes, sizes
-    try:
-        yield
-    finally:
-        _sizes = before
 
 
 def _fits(sizes: Sizes, block_d: int, tanh: bool) -> bool:
@@ -468,10 +449,10 @@ def _launch(name: str, length: int, heads: int, *arguments: Any, **constants: An
     def grid(meta: dict[str, Any]) -> tuple[int]:
         return (triton.cdiv(length, meta["BLOCK"]) * heads,)
 
-    if tuning() and _sizes is None:
+    if _INTERPRETED or tuning(arguments[0]):
         kernel[grid](*arguments, **constants)
         return
-    rows, warps, unroll = _sizes or _untuned(name, constants["BLOCK_D"], constants["TANH"])
+    rows, warps, unroll = _untuned(name, constants["BLOCK_D"], constants["TANH"])
     kernel.fn[grid](*arguments, **constants, BLOCK=rows, UNROLL=unroll, num_warps=warps, num_stages=1)
 
 

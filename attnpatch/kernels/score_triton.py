@@ -13,10 +13,8 @@ Dropout's seed is read on the device, so that the kernels can be captured in a C
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +22,7 @@ import triton
 from torch import Tensor
 
 from attnpatch.kernels import score_triton_device as device
+from attnpatch.kernels.score import check_name
 from attnpatch.kernels.score_triton_device import INTERPRETED
 
 KERNEL_CODES = {"expressive": 0, "polynomial": 1, "elu": 2}
@@ -32,9 +31,17 @@ MAX_HEAD_DIM = 128
 TUNE_VARIABLE = "ATTNPATCH_TUNE"
 
 
-def tuning() -> bool:
-    """Whether block sizes are tuned for each kind of call, as they are unless ATTNPATCH_TUNE is 0."""
-    return os.environ.get(TUNE_VARIABLE) != "0"
+def tuning(x: Tensor, measured: bool = True) -> bool:
+    """Whether block sizes for tensors like x are timed, each kind of call when it first comes.
+
+    They are (ATTNPATCH_TUNE=1 and 0 ask for it and for the opposite) unless they were measured on a GPU like this one
+    (compute capability 9.0): compiling all of them takes half a minute a kind of call. `measured`: for calls like this.
+    """
+    asked = os.environ.get(TUNE_VARIABLE) or None
+    if asked is not None:
+        check_name(TUNE_VARIABLE, asked, ("0", "1"))
+        return asked == "1"
+    return not (measured and x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0))
 
 
 def why_not(query: Tensor, value: Tensor) -> str | None:
@@ -97,7 +104,6 @@ SIZES: dict[str, list[Sizes]] = {
 }
 _SMALL = Sizes(16, 32, 4, 1)
 _PADDED = 128
-_sizes: Sizes | None = None
 _chosen: dict[Any, Sizes] = {}
 
 
@@ -143,22 +149,6 @@ _TUNED = {
 }
 
 
-def all_sizes() -> list[Sizes]:
-    """The block sizes that tuning chooses among."""
-    return sorted({size for sizes in SIZES.values() for size in sizes})
-
-
-@contextlib.contextmanager
-def fixed_sizes(sizes: Sizes) -> Iterator[None]:
-    """Within it every kernel runs with these block sizes, untuned."""
-    global _sizes
-    before, _sizes = _sizes, sizes
-    try:
-        yield
-    finally:
-        _sizes = before
-
-
 def _launch(name: str, length: int, call: _Call, block: str, *arguments: Any, **constants: Any) -> None:
     """Runs a kernel, one program for each block of `length` and each head, with tuned or fixed block sizes."""
     tuner = _TUNED[name]
@@ -168,11 +158,10 @@ def _launch(name: str, length: int, call: _Call, block: str, *arguments: Any, **
 
     query = arguments[0]
     constants |= call.constants
-    sizes = _sizes
-    if sizes is None and not tuning():
-        sizes = _untuned(name, query.dtype, constants["BLOCK_D"])
-    if sizes is None:
-        # Tuned once for each power of two of the longer length, not for every length.
+    half = query.dtype != torch.float32
+    sizes = None
+    if tuning(query, half and constants["BLOCK_D"] <= 64):
+        # Once for each power of two of the longer length, not for every length.
         kind = (name, query.device, query.dtype, call.size_class, *constants.values())
         sizes = _chosen.get(kind)
         if sizes is None:
@@ -182,17 +171,26 @@ def _launch(name: str, length: int, call: _Call, block: str, *arguments: Any, **
             blocks = best.kwargs["BLOCK_M"], best.kwargs["BLOCK_N"]
             _chosen[kind] = Sizes(*blocks, best.num_warps, best.num_stages, best.maxnreg)
             return
+    sizes = sizes or _untuned(name, query, call)
     constants |= {"BLOCK_M": sizes.queries, "BLOCK_N": sizes.keys, "num_warps": sizes.warps}
     if sizes.registers is not None:
         constants["maxnreg"] = sizes.registers
     tuner.fn[grid](*arguments, **constants, num_stages=sizes.stages)
 
 
-def _untuned(name: str, dtype: torch.dtype, block_d: int) -> Sizes:
+def _untuned(name: str, query: Tensor, call: _Call) -> Sizes:
     if INTERPRETED:
         return _SMALL
-    if dtype == torch.float32:
+    block_d = call.constants["BLOCK_D"]
+    if query.dtype == torch.float32:
         return Sizes(32, 32, 4, 1) if block_d > 64 else Sizes(32, 64, 4, 1)
+    if block_d <= 64 and torch.cuda.get_device_capability(query.device) == (9, 0):
+        # The fastest on an H200 (docs/performance.md).
+        if name == "forward" and call.constants["DROPOUT"]:
+            return Sizes(64, 64, 4, 3, 168)
+        if name == "forward":
+            return Sizes(128, 64, 8, 3, 128) if call.n_keys >= 2048 else Sizes(64, 64, 4, 3, 128)
+        return Sizes(64, 64, 4, 3) if name == "key" else Sizes(64, 64, 4, 3, 168)
     return Sizes(32, 64, 4, 2) if name != "forward" and block_d > 64 else SIZES[name][0]
 
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 # Arguments whose being 1 or a multiple of 16 would only make Triton compile again.
-UNSPECIALISED = ["n_heads", "n_queries", "n_keys", "n_rows", "threshold"]
+UNSPECIALISED = ["n_heads", "n_queries", "n_keys", "n_rows", "threshold", "stride_kind_b", "stride_kind_h"]
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 
@@ -173,7 +173,7 @@ CAUSAL_RANGE = tl.constexpr(2)
 KIND_ROWS = tl.constexpr(64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def _mask_kind(
     Mask, Kinds, stride_mb, stride_mh, stride_mt, stride_ms, n_heads, n_queries, n_keys,
     BLOCK: tl.constexpr,
