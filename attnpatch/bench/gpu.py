@@ -245,7 +245,7 @@ def _step(gpu_run: GpuRun, label: str, architecture: tuple[type, Any], spec: Any
     gpu_run.write()
 
 
-RESERVED = 120
+RESERVED = 105
 """Seconds that the training steps leave for the stages after them."""
 
 
@@ -333,12 +333,12 @@ KINDS = {
 """The kernels, as `attnpatch.bench.gpu_checks` names them, that a stage times."""
 
 STAGES: dict[str, tuple[Callable[[GpuRun], None], int]] = {
-    "check": (check, 90),
+    "check": (check, 60),
     "operator": (operator, 60),
     "roberta": (roberta_base, 40),
     "steps": (steps, 30),
     "layer": (layer, 40),
     "solver": (solver, 20),
-    "marian": (marian_training, 90),
+    "marian": (marian_training, 85),
 }
 """The stages, and the seconds below which one is not begun."""
