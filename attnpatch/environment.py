@@ -47,7 +47,7 @@ def describe() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "families": {name: list(family.model_types) for name, family in families().items()},
         "variants": {name: variant.stage for name, variant in variants().items()},
-        "score kernels": dispatch.describe(),
+        "kernels": dispatch.describe(),
         "attention backends": sorted(ALL_ATTENTION_FUNCTIONS.keys()),
     }
 

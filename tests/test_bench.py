@@ -16,12 +16,12 @@ import torch
 from typer.testing import CliRunner
 
 from attnpatch import bench, environment
-from attnpatch.bench import Settings, gpu, steps, tables, targets, timing
+from attnpatch.bench import Settings, gpu, gpu_checks, steps, tables, targets, timing
 from attnpatch.bench.plot import draw, ratios
 from attnpatch.bench.timing import BenchmarkError
 from attnpatch.cli import app
 from attnpatch.errors import SpecError
-from attnpatch.kernels import dispatch
+from attnpatch.kernels import triton_here
 
 
 def test_every_benchmark_has_parts() -> None:
@@ -367,6 +367,17 @@ def test_one_real_part(tmp_path: Path) -> None:
     assert found["measured"].get("commit") == environment.code_commit()
 
 
+def test_what_a_gpu_check_finds_wrong() -> None:
+    found = {"case": "score", "errors": {"output": 1e-6, "dq": 2e-5, "dk": float("nan")}}
+    (line,) = gpu_checks._faults(found, 1e-5)
+    assert [what in line for what in ("output", "dq", "dk")] == [False, True, True]
+    assert gpu_checks._faults({"case": "score", "error": "does not compile"}, 1.0) == ["score: does not compile"]
+    assert len(gpu_checks._faults(found, 1.0)) == 1
+    assert gpu_checks._faults({**found, "errors": {"dq": 0.0}}, 1e-5) == []
+    assert set().union(*gpu.KINDS.values()) == set(gpu_checks.CHECKS)
+    assert set(gpu.KINDS) <= set(gpu.STAGES)
+
+
 def test_a_gpu_run_is_held_against_the_aims(tmp_path: Path) -> None:
     def ratio(median: float) -> dict[str, Any]:
         return {"median": median, "min": median - 0.1, "max": median + 0.1, "n": 7}
@@ -382,11 +393,18 @@ def test_a_gpu_run_is_held_against_the_aims(tmp_path: Path) -> None:
             "float32, T = 512": other,
         },
         "steps": {
-            "alignment gan, RoBERTa, T = 128": {"ratio": ratio(1.05)},
-            "alignment gan, Marian, T = 32": {"ratio": ratio(3.0)},
-            "neural, RoBERTa, T = 128": {"ratio": ratio(1.6), "time_ratio_over_flops_ratio": ratio(1.2)},
+            gpu.step_label("alignment gan", "RoBERTa", 256, 128): {"ratio": ratio(1.05)},
+            gpu.step_label("alignment gan", "Marian", 1024, 32): {"ratio": ratio(3.0)},
+            gpu.step_label("neural", "RoBERTa", 256, 128): {
+                "ratio": ratio(1.6),
+                "time_ratio_over_flops_ratio": ratio(1.2),
+            },
         },
-        "layer": {"query_value, T = 512": {"ratio": ratio(2.0)}},
+        "roberta": {
+            gpu.step_label("expressive", "RoBERTa-base", batch, 512): {"ratio": ratio(1.02 + i)}
+            for i, batch in enumerate(gpu.ROBERTA_BATCHES)
+        },
+        "layer": {"query_value, 64 x 512 tokens": {"ratio": ratio(2.0)}},
         "solver": {"sharpness 1.0": {"ratio": ratio(0.5)}},
     }
     path = tmp_path / "gpu-cuda.json"
@@ -397,6 +415,7 @@ def test_a_gpu_run_is_held_against_the_aims(tmp_path: Path) -> None:
         "expressive attention, T >= 512, forward": (0.95, True),
         "expressive attention, T >= 512, forward + backward": (1.2, False),
         "expressive attention, T >= 512, inputs and outputs included": (1.01, True),
+        "expressive training step, RoBERTa T = 512": (1.02, True),
         "alignment (gan) training step, T = 128": (1.05, True),
         "neural training step, over the ratio of the FLOPs": (1.2, False),
         "query_value layer, T = 512, forward + backward": (2.0, True),
@@ -407,7 +426,8 @@ def test_a_gpu_run_is_held_against_the_aims(tmp_path: Path) -> None:
     gpu_run["operator"]["unchecked"] = gpu_run["layer"]["unchecked"] = True
     path.write_text(json.dumps(gpu_run))
     left = {row["target"] for row in tables.held_against_aims(tmp_path, "cuda") if row["measured"]}
-    assert left == {name for name in measured if "expressive" not in name and "query_value" not in name}
+    gone = {"expressive attention", "query_value layer"}
+    assert left == {name for name in measured if not any(name.startswith(word) for word in gone)}
 
 
 def test_every_aim_of_a_gpu_has_its_place_in_the_run() -> None:
@@ -426,7 +446,7 @@ def test_the_gpu_run_on_a_cpu(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     found = json.loads((tmp_path / "gpu-dry.json").read_text())
     assert found["measured"]["dry_run"]
-    assert not found["check"]["wrong"]
+    assert not any(found["check"]["wrong"].values())
     assert len(found["check"]["cases"]) >= 6
     assert found["operator"]["float32, T = 16"]["triton"]["both"]["milliseconds"] > 0
     assert set(gpu.STAGES) <= set(found)
@@ -443,7 +463,7 @@ def test_a_stage_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(gpu, "STAGES", {"first": (wrong, 0), "second": (right, 0), "third": (right, 10_000)})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(dispatch, "score_triton", object())
+    monkeypatch.setattr(triton_here, "USABLE", True)
     path, failed = gpu.run(Settings(device="cuda", say=lambda line: None), tmp_path, 1.0)
     found = json.loads(path.read_text())
     assert failed == ["first"]
@@ -464,7 +484,7 @@ def gpu_stages(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(dispatch, "score_triton", object())
+    monkeypatch.setattr(triton_here, "USABLE", True)
     return stages
 
 
@@ -508,12 +528,11 @@ def test_an_earlier_gpu_run_is_kept(gpu_stages: Any, tmp_path: Path) -> None:
 
 def test_a_gpu_run_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(dispatch, "score_triton", None)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton_here, "USABLE", False)
     settings = Settings(say=lambda line: None)
     with pytest.raises(BenchmarkError, match="no CUDA device"):
         gpu.run(settings, tmp_path, 1.0)
     for installed, message in ((None, "Triton is not installed"), (object(), "needs TRITON_INTERPRET=1")):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, installed=installed: installed)
+        monkeypatch.setattr(triton_here, "INSTALLED", installed is not None)
         with pytest.raises(BenchmarkError, match=message):
             gpu.run(settings, tmp_path, 1.0, dry=True)

@@ -219,7 +219,7 @@ def test_env_shows_what_a_call_gets(run: Any, monkeypatch: pytest.MonkeyPatch, a
         assert result.code == 2
         assert "unknown ATTNPATCH_KERNEL 'trton'; did you mean 'triton'?" in result.json["error"]
         return
-    row = result.json["score kernels"]["cpu float32"]
+    row = result.json["kernels"]["cpu float32"]
     if row.startswith("an error: "):
         with pytest.raises(SpecError, match=re.escape(row.split("(", 1)[1].removesuffix(")"))):
             expressive_attention(x, x, x)

@@ -604,3 +604,11 @@ def test_torch_compile(method):
     torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
     for g, w in zip(torch.autograd.grad(fast, leaves), torch.autograd.grad(plain, leaves), strict=True):
         torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["gan", "ct"])
+def test_networks_for_other_heads_are_refused(method):
+    query, key = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16)
+    parts = {"gan": {"discriminator": an.Discriminator(8, 5)}, "ct": {"navigator": an.Navigator(8, 5)}}
+    with pytest.raises(SpecError, match="is for heads of 8, and query and key have 16"):
+        al.alignment_loss(query, key, method=method, **parts[method])

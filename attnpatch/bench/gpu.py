@@ -1,11 +1,10 @@
 """What a GPU run is for, in order of importance and within a budget: the kernels checked, then timed.
 
-check     every form of the Triton kernels against the plain form in float64, output and gradients
+check     the Triton kernels of attention, query_value and alignment against float64, outputs and gradients
 operator  expressive attention, D = 64, over F.scaled_dot_product_attention and its best backend; plain, FlexAttention
 roberta   a RoBERTa-base training step at T = 512 in bf16, expressive over stock: time and memory
 steps     a training step of neural, alignment and query_value models over stock
-layer     the query_value attention layer at T = 512 in bf16 over the stock one, forward and backward, after its fused
-          sum was checked in float32, output and gradients
+layer     the query_value attention layer at T = 512 in bf16 over the stock one, forward and backward
 solver    the exact value-aware solver over scipy's non-negative least squares
 marian    Marian training and decoding over transformers' own loops
 
@@ -17,9 +16,7 @@ Triton's interpreter: it shows that the script works, and its figures mean nothi
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -75,13 +72,13 @@ def run(settings: Settings, out: Path, minutes: float, dry: bool = False) -> tup
 
     from attnpatch.bench.inputs import prepare
     from attnpatch.environment import LIBRARIES, code_commit, machine, versions
-    from attnpatch.kernels import dispatch
+    from attnpatch.kernels import triton_here
 
     if not dry and not torch.cuda.is_available():
         raise BenchmarkError("there is no CUDA device here; --dry-run tries the script on a CPU")
-    if dispatch.score_triton is None and importlib.util.find_spec("triton") is None:
+    if not triton_here.INSTALLED:
         raise BenchmarkError("Triton is not installed (pip install triton)")
-    if dispatch.score_triton is None or (dry and not os.environ.get("TRITON_INTERPRET")):
+    if not triton_here.USABLE or (dry and not triton_here.INTERPRETED):
         raise BenchmarkError("a dry run needs TRITON_INTERPRET=1 in the environment before attnpatch is imported")
     prepare(settings, out)
     gpu_run = GpuRun(settings, out / f"gpu-{'dry' if dry else settings.device}.json", 60 * minutes, dry)
@@ -137,8 +134,12 @@ def check(gpu_run: GpuRun) -> None:
     from attnpatch.bench import gpu_checks
 
     device = gpu_run.settings.device
-    found, wrong = gpu_checks.run(device, gpu_run.dry)
-    gpu_run.results["check"] = {"cases": found, "wrong": {kind: lines for kind, lines in wrong.items() if lines}}
+    found, compiled, wrong = gpu_checks.run(device, gpu_run.dry)
+    gpu_run.results["check"] = {
+        "cases": found,
+        "compiled": compiled,
+        "wrong": wrong,
+    }
     gpu_run.unchecked = {kind for kind, lines in wrong.items() if lines}
     gpu_run.settings.say(f"{len(found)} cases checked, {sum(map(len, wrong.values()))} wrong")
     if gpu_run.unchecked:
@@ -223,12 +224,26 @@ def _with_triton(gpu_run: GpuRun) -> Iterator[None]:
         yield
 
 
-def _step(gpu_run: GpuRun, label: str, architecture: tuple[type, Any], spec: Any, batch: int, tokens: int) -> None:
+def step_label(word: str, model: str, batch: int, tokens: int) -> str:
+    """By which `attnpatch.bench.targets` finds a step."""
+    return f"{word}, {model}, {batch} x {tokens} tokens"
+
+
+def _step(
+    gpu_run: GpuRun,
+    stage: str,
+    word: str,
+    model: str,
+    architecture: tuple[type, Any],
+    spec: Any,
+    batch: int,
+    tokens: int,
+) -> None:
     import torch
 
     from attnpatch.bench.steps import over_flops, step
 
-    settings = gpu_run.settings
+    settings, label = gpu_run.settings, step_label(word, model, batch, tokens)
     stock = step(architecture, None, batch, tokens, settings.device, bf16=True)
     ours = step(architecture, spec, batch, tokens, settings.device, bf16=True)
     if not bool(ours().isfinite()):
@@ -240,13 +255,13 @@ def _step(gpu_run: GpuRun, label: str, architecture: tuple[type, Any], spec: Any
     timed["memory"] = {"ratio": (peaks[0] + held) / (peaks[1] + held), "peak_bytes": peaks}
     if spec == "neural":
         timed |= over_flops(timed, ours.model, stock.model, batch, tokens)
-    gpu_run.results.setdefault("roberta" if "base" in label else "steps", {})[label] = timed
+    gpu_run.results.setdefault(stage, {})[label] = timed
     gpu_run.settings.say(f"{label}: {timed['ratio']['median']:.3f} times the stock step")
     gpu_run.write()
 
 
-RESERVED = 105
-"""Seconds that the training steps leave for the stages after them."""
+ROBERTA_BATCHES = (64, 16)
+"""The first keeps an H200 busy; with the second starting kernels takes longer than they do."""
 
 
 def roberta_base(gpu_run: GpuRun) -> None:
@@ -254,9 +269,9 @@ def roberta_base(gpu_run: GpuRun) -> None:
 
     layers, hidden, tokens = (1, 64, 16) if gpu_run.dry else (12, 768, 512)
     with _with_triton(gpu_run):
-        for name, batch in (("expressive", 2),) if gpu_run.dry else (("expressive", 64), ("expressive", 16)):
-            label = f"{name}, RoBERTa-base, {batch} x {tokens} tokens"
-            _step(gpu_run, label, roberta(layers, hidden), name, batch, tokens)
+        for batch in (2,) if gpu_run.dry else ROBERTA_BATCHES:
+            model = roberta(layers, hidden)
+            _step(gpu_run, "roberta", "expressive", "RoBERTa-base", model, "expressive", batch, tokens)
 
 
 def steps(gpu_run: GpuRun) -> None:
@@ -264,6 +279,8 @@ def steps(gpu_run: GpuRun) -> None:
 
     layers, hidden, batch, tokens = (1, 64, 2, 16) if gpu_run.dry else (12, 768, 256, 128)
     pairs = 2 if gpu_run.dry else 1024
+    # What the stages after this one want.
+    reserved = sum(STAGES[name][1] for name in list(STAGES)[list(STAGES).index("steps") + 1 :])
     specs: dict[str, Any] = {"neural": "neural"}
     alignment = {
         m: {"variant": "alignment", "options": {"alignment": {"method": m}}} for m in ("gan", "ct", "ot", "mmd")
@@ -276,11 +293,11 @@ def steps(gpu_run: GpuRun) -> None:
             ("RoBERTa", roberta(layers, hidden), batch, tokens),
             ("Marian", marian(), pairs, 8 if gpu_run.dry else 32),
         ):
-            if gpu_run.left() < 15 + RESERVED and not gpu_run.dry:
+            if gpu_run.left() < 15 + reserved and not gpu_run.dry:
                 gpu_run.results.setdefault("steps", {})["left_out"] = f"from {word}, {model} on: the budget was spent"
                 return
             if not (gpu_run.dry and model == "Marian"):
-                _step(gpu_run, f"{word}, {model}, {rows} x {length} tokens", architecture, spec, rows, length)
+                _step(gpu_run, "steps", word, model, architecture, spec, rows, length)
 
 
 def layer(gpu_run: GpuRun) -> None:
@@ -291,12 +308,15 @@ def layer(gpu_run: GpuRun) -> None:
     settings, dry = gpu_run.settings, gpu_run.dry
     batch, tokens = (1, 16) if dry else (64, 512)
     exact = AttentionLayer("query_value", 1, tokens, settings.device)
-    if not (error := exact.relative_error()) <= ALLOWED:
+    with _with_triton(gpu_run):
+        error = exact.relative_error()
+    if not error <= ALLOWED:
         raise BenchmarkError(f"query_value: relative error {error:.1e} > {ALLOWED:.0e}; nothing was timed")
     ours, stock = (
         AttentionLayer(spec, batch, tokens, settings.device, torch.bfloat16) for spec in ("query_value", None)
     )
-    timed = compare(ours.both, stock.both, settings.repeats, settings.device)
+    with _with_triton(gpu_run):
+        timed = compare(ours.both, stock.both, settings.repeats, settings.device)
     label = f"query_value, {batch} x {tokens} tokens"
     gpu_run.results["layer"] = {label: timed | {"relative_error_float32": error}}
     settings.say(f"{label}: {timed['ratio']['median']:.2f} times the stock layer")
@@ -337,8 +357,8 @@ STAGES: dict[str, tuple[Callable[[GpuRun], None], int]] = {
     "operator": (operator, 60),
     "roberta": (roberta_base, 40),
     "steps": (steps, 30),
-    "layer": (layer, 40),
-    "solver": (solver, 20),
+    "layer": (layer, 10),
+    "solver": (solver, 10),
     "marian": (marian_training, 85),
 }
 """The stages, and the seconds below which one is not begun."""

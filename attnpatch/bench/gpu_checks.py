@@ -10,43 +10,43 @@ in Triton's cache. Block sizes are not tuned here, which would take minutes.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from attnpatch.bench.timing import BenchmarkError
 
 HALF, SINGLE = ("bfloat16", "float16"), "float32"
-CASES = ("none", "causal", "padding", "range", "rows", "dropout")
-CHECKED = ("score", "query_value", "alignment")
+CASES = ("none", "causal", "padding", "range", "causal range", "rows", "magnitudes", "dropout")
+COMPILE = "compile"
+TUNE_VARIABLE = "ATTNPATCH_TUNE"
 
 Work = tuple[str, tuple[Any, ...], str, bool]
 """What is done, with what, on which device, and whether in the small sizes of a dry run."""
 
 
-def run(device: str, dry: bool) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
-    """(what was found in each case, what is wrong by kind)."""
+def run(device: str, dry: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[str]]]:
+    """(what was found in each case, what was compiled, what is wrong by kind); see `CHECKS` for the kinds."""
     from attnpatch.environment import available_cpus
 
-    work: list[Work] = [("score", case, device, dry) for case in cases(dry)]
-    work += [("query_value", case, device, dry) for case in pairwise_cases(dry)]
-    work += [("alignment", case, device, dry) for case in alignment_cases(dry)]
+    work: list[Work] = [(kind, case, device, dry) for kind, (cases, _) in CHECKS.items() for case in cases(dry)]
     if dry:
         done = [_done(item) for item in work]
     else:
-        work += [("compile", case, device, dry) for case in CALLS]
+        work += [(COMPILE, case, device, dry) for case in CALLS]
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(14, available_cpus()), mp_context=spawn) as pool:
             done = list(pool.map(_done, work))
-    wrong: dict[str, list[str]] = {kind: [] for kind in CHECKED}
+    wrong: dict[str, list[str]] = {kind: [] for kind in CHECKS}
     for (kind, case, *_), found in zip(work, done, strict=True):
-        # Block sizes that do not fit the device are no error: tuning passes over them.
-        if kind in wrong:
-            wrong[kind] += _faults(found, {"float32": 1e-5}.get(case[-2] if kind == "score" else case[-1], 1e-2))
-    return done, wrong
+        if kind != COMPILE:
+            wrong[kind] += _faults(found, 1e-5 if SINGLE in case else 1e-2)
+    checked = [found for (kind, *_), found in zip(work, done, strict=True) if kind != COMPILE]
+    return checked, [found for (kind, *_), found in zip(work, done, strict=True) if kind == COMPILE], wrong
 
 
 def _faults(found: dict[str, Any], allowed: float) -> list[str]:
@@ -61,24 +61,30 @@ def _faults(found: dict[str, Any], allowed: float) -> list[str]:
 def _done(work: Work) -> dict[str, Any]:
     """In a process of its own, unless the run is dry."""
     kind, case, device, dry = work
-    before = os.environ.get("ATTNPATCH_TUNE")
-    os.environ["ATTNPATCH_TUNE"] = "0"
     label = {"case": " ".join(map(str, (kind, *case)))}
     try:
-        if kind == "compile":
+        with untuned():
+            if kind != COMPILE:
+                return {**label, "errors": CHECKS[kind][1](case, device, dry)}
             _compile(case, device)
             return label
-        checks: dict[str, Callable[..., dict[str, float]]]
-        checks = {"score": check_case, "query_value": check_pairwise, "alignment": check_alignment}
-        return {**label, "errors": checks[kind](case, device, dry)}
     except Exception as error:
         return {**label, "error": f"{type(error).__name__}: {error}"[:600]}
+
+
+@contextlib.contextmanager
+def untuned() -> Iterator[None]:
+    """Within it block sizes are not timed."""
+    before = os.environ.get(TUNE_VARIABLE)
+    os.environ[TUNE_VARIABLE] = "0"
+    try:
+        yield
     finally:
-        os.environ.pop("ATTNPATCH_TUNE") if before is None else os.environ.__setitem__("ATTNPATCH_TUNE", before)
+        os.environ.pop(TUNE_VARIABLE) if before is None else os.environ.__setitem__(TUNE_VARIABLE, before)
 
 
 def relative_errors(names: Sequence[str], found: Sequence[Any], wanted: Sequence[Any]) -> dict[str, float]:
-    """Of norms; of a tensor that should be zero, the norm."""
+    """Of norms."""
     pairs = zip(names, found, wanted, strict=True)
     return {name: float(((a.double() - b).norm() / b.norm().clamp(min=1e-30)).detach()) for name, a, b in pairs}
 
@@ -107,7 +113,7 @@ def check_case(case: tuple[str, int, int, str, str], device: str, dry: bool) -> 
     kernel, degree, dim, name, kind = case
     dtype = getattr(torch, name)
     torch.manual_seed(zlib.crc32(repr(case).encode()))  # hash() differs from process to process
-    n_queries, n_keys = ((20, 20) if dry else (333, 333)) if kind == "causal" else ((20, 35) if dry else (333, 517))
+    n_queries, n_keys = ((20, 20) if dry else (333, 333)) if "causal" in kind else ((20, 35) if dry else (333, 517))
     heads = 1 if dry else 3
     q, k, v, g = (torch.randn(2, heads, n, dim, device=device) for n in (n_queries, n_keys, n_keys, n_queries))
     # Scores of both signs, away from 0: f'/f is unbounded there, and magnifies rounding where few keys are visible.
@@ -120,6 +126,12 @@ def check_case(case: tuple[str, int, int, str, str], device: str, dry: bool) -> 
     if kind == "range":
         lengths = torch.tensor([n_keys // 3, n_keys - 7], device=device)
         mask = (torch.arange(n_keys, device=device) < lengths[:, None])[:, None, None]
+    if kind == "causal range":
+        seen_from = torch.arange(n_keys, device=device) >= 3
+        mask = seen_from & torch.ones(n_queries, n_keys, device=device, dtype=torch.bool).tril()
+    if kind == "magnitudes":
+        # Every other query's sum of weights is lost in float32, and computed again in a scale of its own.
+        q = q * torch.where(torch.arange(n_queries, device=device) % 2 == 0, 1.0, 1e-15)[:, None].to(dtype)
     if kind == "rows":
         mask = torch.rand(2, heads, n_queries, n_keys, device=device) < 0.5
         mask[0, :, 0] = False
@@ -210,6 +222,7 @@ def check_alignment(case: tuple[str, int, int, int, int, str], device: str, dry:
     import torch
 
     from attnpatch.kernels import alignment_networks as networks
+    from attnpatch.kernels import dispatch
     from attnpatch.kernels.alignment import alignment_loss
 
     torch.manual_seed(0)
@@ -220,20 +233,29 @@ def check_alignment(case: tuple[str, int, int, int, int, str], device: str, dry:
     query, key = query.to(getattr(torch, name)), key.to(getattr(torch, name))
     masks = [torch.rand(4, n, device=device) < 0.3 for n in (n_keys, n_queries)]
     masks[0][1] = True
-    if not all(networks.serves_triton(part, query, key) for part in parts.values()):
-        raise BenchmarkError("the fused losses do not serve this")
     found = []
-    for exact in (False, True):
-        q, k = ((x.double() if exact else x).detach().requires_grad_() for x in (query, key))
-        used = {kind: copy.deepcopy(part).double() if exact else part for kind, part in parts.items()}
-        loss = alignment_loss(q, k, masks[0], method, masks[1], **used)
-        inputs = [q, k, *(p for part in used.values() for p in part.parameters())]
-        found.append((loss, *torch.autograd.grad(loss, inputs)))
+    with dispatch.use_implementation("triton" if dry else "auto"):
+        for part in parts.values():
+            if reason := networks.why_not_triton(part, query, key):
+                raise BenchmarkError(f"the fused losses do not serve this: {reason}")
+        for exact in (False, True):
+            q, k = ((x.double() if exact else x).detach().requires_grad_() for x in (query, key))
+            used = {kind: copy.deepcopy(part).double() if exact else part for kind, part in parts.items()}
+            loss = alignment_loss(q, k, masks[0], method, masks[1], **used)
+            inputs = [q, k, *(p for part in used.values() for p in part.parameters())]
+            found.append((loss, *torch.autograd.grad(loss, inputs)))
     names = [f"{kind}.{n}" for kind, part in parts.items() for n, _ in part.named_parameters()]
     return relative_errors(("loss", "query", "key", *names), *found)
 
 
 # --- compilation, and graphs -------------------------------------------------------------------------------------
+
+CHECKS: dict[str, tuple[Callable[[bool], Sequence[tuple[Any, ...]]], Callable[..., dict[str, float]]]] = {
+    "score": (cases, check_case),
+    "query_value": (pairwise_cases, check_pairwise),
+    "alignment": (alignment_cases, check_alignment),
+}
+"""The cases of each kind of kernel, by whether the run is dry, and their check."""
 
 CALLS = ((256, False, 0.0), (2048, False, 0.0), (256, True, 0.1), (256, True, 0.0))
 """Kinds of calls that are timed later: queries and keys, whether there is a mask, and dropout."""

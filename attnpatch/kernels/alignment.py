@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SpecError, unknown
-from . import dispatch
-from .alignment_networks import apply_network, serves_triton
+from .alignment_networks import apply_network, check_width, serves_triton
 from .once import differentiable_once
+from .triton_here import USABLE
 
-if dispatch.score_triton is not None:
+if USABLE:
     from . import alignment_triton
 
 METHODS = ("ct", "gan", "ot", "mmd")
@@ -450,6 +450,8 @@ def alignment_loss(
     width = _check_bandwidth(bandwidth)
     with torch.autocast(query.device.type, enabled=False):
         padding = _checked(query, key, key_padding_mask, query_padding_mask)
+        for network in (navigator, critic, discriminator):
+            check_width(network, query.shape[-1])
         if reduction != "none":
             # What cannot be averaged afterwards is averaged in there.
             if discriminator is not None and serves_triton(discriminator, query, key):

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..errors import SpecError
 from . import dispatch
+from .triton_here import USABLE
 
-if dispatch.score_triton is not None:
+if USABLE:
     from . import alignment_networks_triton
-else:
-    alignment_networks_triton = None
 
 # Tokens of one pass: with two threads 1,024 and all at once were slower by some percent of a training step.
 _TOKENS = 4096
@@ -143,9 +143,26 @@ def _called(module: nn.Module, x: Tensor) -> Tensor:
 
 def serves_triton(module: nn.Module, *tokens: Tensor) -> bool:
     """True if the Triton kernels compute what `module` would of these tokens [..., D], of one device and dtype."""
-    if alignment_networks_triton is None or dispatch.asked() == "plain" or not _is_ours(module):
-        return False
-    return alignment_networks_triton.why_not(module, *tokens) is None
+    return why_not_triton(module, *tokens) is None
+
+
+def why_not_triton(module: nn.Module, *tokens: Tensor) -> str | None:
+    """Why not, or None if they do."""
+    if reason := dispatch.why_not_triton(tokens[0]):
+        return reason
+    if not _is_ours(module):
+        return "the network is not a plain Discriminator, Navigator or Critic, or is compiled or transformed"
+    return alignment_networks_triton.why_not(module, *tokens)
+
+
+def check_width(module: nn.Module | None, head_dim: int) -> None:
+    """Raises SpecError if a network of ours is for heads of another size."""
+    network: Any = module
+    if type(module) in _NETWORKS:
+        inner = network.inner
+        if inner.in_features != head_dim:
+            name = type(module).__name__.lower()
+            raise SpecError(f"the {name} is for heads of {inner.in_features}, and query and key have {head_dim}")
 
 
 def _is_fused(module: nn.Module, x: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attnpatch.kernels import alignment_networks_device as device
 from attnpatch.kernels import alignment_shares_device
-from attnpatch.kernels.score_triton_device import INTERPRETED
+from attnpatch.kernels.triton_here import INTERPRETED, why_not_on
 
 MAX_SIZE = 64
 """Of heads and hidden layers: wider weights do not fit registers and shared memory beside the gradients' sums."""
@@ -29,24 +29,23 @@ PLAIN, LOSS, HALVES, UNIT = (x.value for x in (device.PLAIN, device.LOSS, device
 def why_not(module: nn.Module, *tokens: Tensor) -> str | None:
     """Why these kernels cannot apply a network of ours to these tokens, or None if they can."""
     x = tokens[0]
-    if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
-        return f"they run on CUDA, and the tokens are on {x.device}"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] != 9:
-        # Elsewhere Triton keeps the weights in registers, of which there are too few, or has not been tried.
-        return "they take GPUs of compute capability 9 (H100, H200)"
+    # On other GPUs Triton keeps the weights in registers, of which there are too few, or has not been tried.
+    if reason := why_not_on(x, "query", major=9):
+        return reason
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"they take float32, float16 and bfloat16, and the tokens are {x.dtype}"
+        return f"it takes float32, float16 and bfloat16, and query is {x.dtype}"
     if any(y.device != x.device or y.dtype != x.dtype for y in tokens):
-        return "the tokens are of several devices or dtypes"
+        return "query and key are of several devices or dtypes"
     if any(y.numel() == 0 or y.numel() >= 2**31 for y in tokens):
-        return "there are no tokens, or more than 32 bits count"
+        return "query or key has no numbers, or more than 32 bits can count"
     if any(not p.is_contiguous() or p.device != x.device for p in module.parameters()):
-        return "a weight is not contiguous, or on another device"
+        return f"a weight is not contiguous, or not on {x.device}"
     inner: Any = module.inner
-    if x.shape[-1] == 1:
-        return "heads have one number"
-    if max(x.shape[-1], *inner.weight.shape) > MAX_SIZE:
-        return f"they take heads and hidden layers of up to {MAX_SIZE}"
+    hidden, dim = inner.weight.shape
+    if dim != x.shape[-1]:
+        return f"the network is for heads of {dim}, and these have {x.shape[-1]}"
+    if not 2 <= dim <= MAX_SIZE or hidden > MAX_SIZE:
+        return f"it takes heads of 2 to {MAX_SIZE} and hidden layers up to {MAX_SIZE}; these have {dim} and {hidden}"
     return None
 
 

@@ -19,7 +19,7 @@ from attnpatch.kernels import alignment_networks_triton as networks
 from attnpatch.kernels import alignment_transport_device as device
 from attnpatch.kernels.alignment_networks_triton import HALVES, LOSS, UNIT, Tokens
 from attnpatch.kernels.once import differentiable_once
-from attnpatch.kernels.score_triton_device import INTERPRETED
+from attnpatch.kernels.triton_here import INTERPRETED
 
 Padding = tuple[Tensor, Tensor] | tuple[None, None]
 BLOCK = 16 if INTERPRETED else 64

@@ -1,4 +1,4 @@
-"""Which implementation computes attention with a non-softmax score kernel.
+"""Which implementation computes what: attention with a non-softmax score kernel, and whether Triton's kernels are used.
 
     triton   fused, on CUDA, where Triton is installed
     flex     FlexAttention with log f for the score: on CUDA heads above 128, and values of another size than keys;
@@ -9,6 +9,9 @@
 The choice is automatic. `ATTNPATCH_KERNEL` in the environment, `use_implementation` or the argument
 `implementation` of the functions ask for one by name, and an error says why if it cannot serve. Softmax is plain.
 
+The pairwise sum of query_value and the alignment losses gan and ct are fused in Triton where `triton` or the automatic
+choice is asked for and it can serve (on a CPU, in Triton's interpreter, `triton` alone), and torch's elsewhere.
+
 The sum of the pairwise query_value form is fused in Triton on CUDA and a sum over blocks of torch operations elsewhere;
 `use_implementation("triton")` takes Triton's interpreter for it on a CPU, where that is on.
 """
@@ -16,7 +19,6 @@ The sum of the pairwise query_value form is fused in Triton on CUDA and a sum ov
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -28,6 +30,7 @@ from attnpatch.errors import SpecError
 from attnpatch.kernels import compiled, score_blocked, score_native
 from attnpatch.kernels.score import check_name, default_scale, plain_attention
 from attnpatch.kernels.score_blocked import blocked_attention_op
+from attnpatch.kernels.triton_here import INSTALLED, USABLE, why_not_here
 
 IMPLEMENTATIONS = ("auto", "plain", "blocked", "triton", "flex")
 VARIABLE = "ATTNPATCH_KERNEL"
@@ -37,7 +40,7 @@ BLOCKED_FROM = 1024
 
 _asked = os.environ.get(VARIABLE) or "auto"
 
-if importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
+if USABLE:
     from attnpatch.kernels import query_value_triton, score_triton
 else:
     query_value_triton = score_triton = None  # type: ignore[assignment]
@@ -50,7 +53,7 @@ def asked() -> str:
 
 @contextlib.contextmanager
 def use_implementation(name: str) -> Iterator[None]:
-    """Within it, the named implementation ("auto" for the automatic choice) computes non-softmax attention."""
+    """Within it, the named implementation ("auto" for the automatic choice) computes; see the module."""
     check_name("implementation", name, IMPLEMENTATIONS)
     global _asked
     before, _asked = _asked, name
@@ -139,12 +142,12 @@ def why_not(
     if name == "blocked":
         return None if query.device.type == "cpu" else f"it runs on the CPU, and query is on {query.device}"
     if name == "triton":
-        return _why_not_triton(query, value)
+        return why_not_here() or score_triton.why_not(query, value)
     if dropout_p > 0.0:
         return "FlexAttention has no dropout"
     if query.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return "FlexAttention has no gradient on the CPU"
-    if query.device.type == "cuda" and score_triton is None:
+    if query.device.type == "cuda" and not INSTALLED:
         return "FlexAttention on CUDA is compiled by Triton, which is not installed (pip install triton)"
     if query.device.type not in ("cpu", "cuda"):
         return f"FlexAttention runs on cuda and cpu, and query is on {query.device}"
@@ -156,18 +159,25 @@ def why_not_fused_sum(weights: Tensor, value: Tensor) -> str | None:
 
     Of weights [N, T, S] and value [N, S, D], in the dtype of the arithmetic.
     """
-    if query_value_triton is None:
-        return _why_not_triton(weights, value)
-    if value.device.type != "cuda" and _asked != "triton":
-        return f"it runs on CUDA, and value is on {value.device}"
-    return query_value_triton.why_not(weights, value)
+    return why_not_triton(value) or query_value_triton.why_not(weights, value)
 
 
-def _why_not_triton(query: Tensor, value: Tensor) -> str | None:
-    if score_triton is None:
-        installed = importlib.util.find_spec("triton") is not None
-        return "there is no CUDA device" if installed else "Triton is not installed (pip install triton)"
-    return score_triton.why_not(query, value)
+def why_not_fused_alignment(x: Tensor) -> str | None:
+    """Why the losses gan and ct are not fused for heads like those of x [..., D], with networks of default sizes."""
+    from attnpatch.kernels.alignment_networks import Discriminator, why_not_triton
+
+    return why_not_triton(Discriminator(x.shape[-1], x.shape[-1]).to(x.device), x)
+
+
+def why_not_triton(x: Tensor) -> str | None:
+    """Why the Triton kernels of query_value and alignment are not to be used on the device of x, or None."""
+    if reason := why_not_here():
+        return reason
+    if _asked not in ("auto", "triton"):
+        return f"{_asked} is asked for ({VARIABLE} or use_implementation)"
+    if x.device.type == "cpu" and _asked != "triton":
+        return "it runs on CUDA, and the tensors are on cpu"
+    return None
 
 
 def _pays(name: str, query: Tensor, key: Tensor) -> bool:
@@ -229,14 +239,16 @@ def describe() -> dict[str, object]:
         x = torch.empty(1, 512, 64, device=device)
         reason = why_not_fused_sum(x, x)
         found[f"query_value on {device}"] = "fused (triton)" if reason is None else f"torch, in blocks ({reason})"
+        reason = why_not_fused_alignment(x)
+        found[f"alignment gan, ct on {device}"] = "fused (triton)" if reason is None else f"torch ({reason})"
     if _asked == "auto":
         found["below"] = f"{BLOCKED_FROM} scores a head the CPU takes plain"
     whole = "without dropout whole attention" if score_native.products() else "elementwise passes (torch has no MKL)"
     wanted = f"from {score_blocked.COMPILED_FROM} scores a call, in float32; {whole}"
     found["compiled code of blocked"] = compiled.why_not("score_native") or wanted
     found["compiled search of value_aware"] = compiled.why_not("select_exact") or "yes"
-    if score_triton is None:
-        found["triton"] = _why_not_triton(torch.empty(0), torch.empty(0))
+    if reason := why_not_here():
+        found["triton"] = reason
     else:
         for device in (f"cuda:{i}" for i in range(torch.cuda.device_count())):
             timed = score_triton.tuning(torch.empty(0, device=device))

@@ -35,7 +35,7 @@ A key of weight 0 adds 0 times its value, as in the plain form: nothing, if the 
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import triton
@@ -45,10 +45,10 @@ from torch import Tensor
 from attnpatch.kernels import score_triton
 from attnpatch.kernels.once import differentiable_once
 from attnpatch.kernels.score_triton import MAX_HEAD_DIM, tuning
+from attnpatch.kernels.triton_here import INTERPRETED, why_not_on
 
-_INTERPRETED = score_triton.INTERPRETED
 # Triton's interpreter has no inline assembly.
-INTERPRETED = tl.constexpr(_INTERPRETED)
+PLAIN = tl.constexpr(INTERPRETED)
 
 # Arguments whose being 1 or a multiple of 16 would only make Triton compile again.
 UNSPECIALISED = ["n_queries", "n_keys", "size_class"]
@@ -73,11 +73,8 @@ _RECIPROCALS = tl.constexpr("""{
 
 def why_not(weights: Tensor, value: Tensor) -> str | None:
     """Why the fused sum cannot serve weights [N, T, S] and value [N, S, D] (in the arithmetic's dtype), or None."""
-    if value.device.type != "cuda" and not (_INTERPRETED and value.device.type == "cpu"):
-        return f"it runs on CUDA, and value is on {value.device}"
-    if value.is_cuda and torch.cuda.get_device_capability(value.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(value.device)
-        return f"it takes GPUs of compute capability 8.0 and above, and this one has {major}.{minor}"
+    if reason := why_not_on(value, "value"):
+        return reason
     if value.dtype != torch.float32:
         return f"it computes in float32, and this call in {value.dtype}"
     if weights.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -98,7 +95,7 @@ def _gates(x, y, mix_x, mix_y, SAFE: tl.constexpr, TANH: tl.constexpr):
         s = 1.0 / (1.0 + tl.exp(-(x + y)))
         if TANH:
             t = 1.0 / (1.0 + tl.exp(2.0 * (mix_x + mix_y)))
-    elif INTERPRETED:
+    elif PLAIN:
         s = 1.0 / (1.0 + x * y)
         if TANH:
             t = 1.0 / (1.0 + mix_x * mix_y)
@@ -399,8 +396,8 @@ def _backward(
 # (rows, warps, unrolled rows of the other side). One row of the other side has to have fewer numbers than there are
 # threads, or Triton passes it through shared memory; 32 elements a thread (tanh: 16) fit into registers.
 Sizes = tuple[int, int, int]
-_FORWARD: list[Sizes] = [(64, 4, 2), (64, 4, 4), (32, 4, 4), (64, 8, 4)]
-_BACKWARD: list[Sizes] = [(64, 4, 2), (64, 4, 4), (32, 4, 4), (64, 8, 2)]
+_FORWARD: list[Sizes] = [(64, 4, 2), (64, 4, 4), (32, 4, 4), (64, 8, 4), (32, 8, 4)]
+_BACKWARD: list[Sizes] = [(64, 4, 2), (64, 4, 4), (32, 4, 4), (64, 8, 2), (32, 8, 2)]
 _SMALL: Sizes = (16, 4, 4)
 _KEY = ["size_class", "TANH", "BLOCK_D"]
 
@@ -425,9 +422,9 @@ def _prune(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> l
 
 
 def _tuned(function: Any, sizes: list[Sizes], key: list[str]) -> Any:
-    sizes = [_SMALL] if _INTERPRETED else sizes
+    sizes = [_SMALL] if INTERPRETED else sizes
     options = {"prune_configs_by": {"early_config_prune": _prune}, "do_bench": score_triton._bench}
-    return triton.autotune([_config(size) for size in sizes], key=key, **({} if _INTERPRETED else options))(function)
+    return triton.autotune([_config(size) for size in sizes], key=key, **({} if INTERPRETED else options))(function)
 
 
 _TUNED = {
@@ -437,7 +434,7 @@ _TUNED = {
 
 
 def _untuned(name: str, block_d: int, tanh: bool) -> Sizes:
-    if _INTERPRETED:
+    if INTERPRETED:
         return (16, 4, 2)
     return next(x for x in (_FORWARD if name == "forward" else _BACKWARD) if _fits(x, block_d, tanh))
 
@@ -449,7 +446,7 @@ def _launch(name: str, length: int, heads: int, *arguments: Any, **constants: An
     def grid(meta: dict[str, Any]) -> tuple[int]:
         return (triton.cdiv(length, meta["BLOCK"]) * heads,)
 
-    if _INTERPRETED or tuning(arguments[0]):
+    if INTERPRETED or tuning(arguments[0]):
         kernel[grid](*arguments, **constants)
         return
     rows, warps, unroll = _untuned(name, constants["BLOCK_D"], constants["TANH"])
@@ -496,15 +493,14 @@ def _arguments(
     return (weights, value, gate_q, gate_v, *mixes, *exponentials), scalars, constants
 
 
-# Optional[...] instead of `| None`: custom_op reads its schema from these.
 @torch.library.custom_op("attnpatch::triton_gated_value_sum", mutates_args=())
 def gated_value_sum_op(
     weights: Tensor,
     value: Tensor,
     gate_q: Tensor,
     gate_v: Tensor,
-    mix_q: Optional[Tensor],  # noqa: UP045
-    mix_v: Optional[Tensor],  # noqa: UP045
+    mix_q: Tensor | None,
+    mix_v: Tensor | None,
     training: bool,
 ) -> list[Tensor]:
     """The sum; with `training` also its derivative by gate_q and, where there is one, by mix_q. All [N, T, D]."""
@@ -525,8 +521,8 @@ def gated_value_sum_backward_op(
     value: Tensor,
     gate_q: Tensor,
     gate_v: Tensor,
-    mix_q: Optional[Tensor],  # noqa: UP045
-    mix_v: Optional[Tensor],  # noqa: UP045
+    mix_q: Tensor | None,
+    mix_v: Tensor | None,
 ) -> list[Tensor]:
     """Gradients of weights, in their dtype, and of value, gate_v and, where there is one, mix_v."""
     gradients = _empty_gradients(weights, value, mix_v)

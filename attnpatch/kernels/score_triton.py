@@ -22,8 +22,9 @@ import triton
 from torch import Tensor
 
 from attnpatch.kernels import score_triton_device as device
+from attnpatch.kernels.once import differentiable_once
 from attnpatch.kernels.score import check_name
-from attnpatch.kernels.score_triton_device import INTERPRETED
+from attnpatch.kernels.triton_here import INTERPRETED, why_not_on
 
 KERNEL_CODES = {"expressive": 0, "polynomial": 1, "elu": 2}
 
@@ -46,11 +47,8 @@ def tuning(x: Tensor, measured: bool = True) -> bool:
 
 def why_not(query: Tensor, value: Tensor) -> str | None:
     """Why Triton cannot serve these tensors, or None if it can."""
-    if query.device.type != "cuda" and not (INTERPRETED and query.device.type == "cpu"):
-        return f"it runs on CUDA, and query is on {query.device}"
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(query.device)
-        return f"it takes GPUs of compute capability 8.0 and above, and this one has {major}.{minor}"
+    if reason := why_not_on(query, "query"):
+        return reason
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, and query is {query.dtype}"
     if query.shape[-1] != value.shape[-1]:
@@ -392,10 +390,8 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @differentiable_once("attention fused in Triton")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            # The gradient's own gradient: the operator says that there is none.
-            return (*triton_attention_backward_op(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8)
         return (*_backward(ctx.kinds, grad, *ctx.saved_tensors, *ctx.options), *[None] * 8)
 
 

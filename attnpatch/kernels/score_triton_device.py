@@ -22,16 +22,14 @@ multiplications a weight; the backward pass draws the same numbers, whatever the
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 
+from attnpatch.kernels.triton_here import INTERPRETED
+
 # Arguments whose being 1 or a multiple of 16 would only make Triton compile again.
 UNSPECIALISED = ["n_heads", "n_queries", "n_keys", "n_rows", "threshold", "stride_kind_b", "stride_kind_h"]
-
-INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 
 SMALLEST = tl.constexpr(1e-25)
 LARGEST = tl.constexpr(1e25)
