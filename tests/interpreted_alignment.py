@@ -191,3 +191,32 @@ def test_what_the_kernels_do_not_take(seed: int) -> None:
     assert not an.serves_triton(an.Critic(8, 6), torch.randn(0, 8))
     assert not an.serves_triton(an.Critic(8, 6), torch.randn(3, 8), torch.randn(3, 8).bfloat16())
     assert alignment_triton.BLOCK == 16  # so that lengths above are more than one block
+
+
+@pytest.mark.parametrize("method", ["gan", "ct"])
+def test_not_a_number_stays_one(seed: int, method: str) -> None:
+    nets, tokens = networks(method, 8), [torch.randn(2, 1, 4, 8) for _ in range(2)]
+    tokens[0][0, 0, 0, 0] = float("nan")
+    assert loss_and_gradients(method, nets, tokens, [None, None])[0].isnan()
+
+
+def test_networks_in_other_places_are_computed_as_they_are(seed: int) -> None:
+    """A critic that navigates is no mistake of shapes, and not what the fused loss is written for."""
+    tokens = [torch.randn(2, 1, 4, 8) for _ in range(2)]
+    for nets in (
+        {"navigator": an.Critic(8, 5), "critic": an.Navigator(8, 5)},
+        {"navigator": an.Critic(8, 5), "critic": an.Critic(8, 5)},
+        {"navigator": an.Navigator(8, 5), "critic": an.Navigator(8, 5)},
+    ):
+        wide = {name: copy.deepcopy(net).double() for name, net in nets.items()}
+        results = loss_and_gradients("ct", nets, tokens, [None, None])
+        expected = loss_and_gradients("ct", wide, [x.double() for x in tokens], [None, None])
+        assert_near(results[:3], expected[:3], [1e-5] * 3)
+
+
+def test_second_derivatives_with_frozen_networks(seed: int) -> None:
+    net = an.Discriminator(8, 5).requires_grad_(False)
+    x = torch.randn(4, 8, requires_grad=True)
+    assert an.serves_triton(net, x)
+    (grad,) = torch.autograd.grad(an.apply_network(net, x).square().sum(), x, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), x)[0].isfinite().all()

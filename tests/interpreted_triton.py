@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import fast_cases
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
 
+from attnpatch.errors import SpecError
 from attnpatch.kernels import dispatch, query_value, query_value_triton, score, score_triton
 
 KERNELS = [pytest.param(k, id=f"{k[0]}{k[1]}") for k in fast_cases.KERNELS]
@@ -119,6 +122,64 @@ def test_dropped_weights_are_independent(seed: int) -> None:
             assert abs((a * b).mean()) < 6.0 / a.numel() ** 0.5
     heads = (x[:, 1:] * x[:, :-1]).mean()
     assert abs(heads) < 6.0 / x[:, 1:].numel() ** 0.5
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minimum and maximum of a number and NaN are the number on a GPU, unless they are told to propagate it."""
+    for name, function in (("create_minnumf", np.fmin), ("create_maxnumf", np.fmax)):
+        monkeypatch.setattr(
+            interpreter.InterpreterBuilder,
+            name,
+            lambda self, a, b, function=function: self.binary_op(a, b, function),
+        )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("where", ["query", "key"])
+def test_not_a_number_stays_one(seed: int, as_on_a_gpu: None, kernel: tuple[str, int], where: str) -> None:
+    tensors = dict(zip(("query", "key", "value"), fast_cases.make_inputs(5, 20, 8, torch.float32), strict=True))
+    tensors[where][0, 0, 3, 2] = float("nan")
+    found = [
+        score.kernel_attention(*tensors.values(), kernel=kernel[0], degree=kernel[1], implementation=name)
+        for name in ("plain", "triton")
+    ]
+    assert torch.equal(found[0].isnan().any(-1), found[1].isnan().any(-1))
+    assert found[0].isnan().any()
+
+
+def test_shapes_that_do_not_fit(seed: int) -> None:
+    query, key, value = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 6, 16), torch.randn(1, 2, 6, 16)
+    for wrong in ((query, key[..., :8], value), (query, key, value[:, :, :4]), (query[..., :8], key, value)):
+        with pytest.raises(SpecError, match="one"):
+            score.kernel_attention(*wrong, kernel="expressive", implementation="triton")
+
+
+def test_transforms_take_the_plain_form(seed: int) -> None:
+    x = torch.randn(1, 1, 5, 8)
+
+    def loss(query: torch.Tensor) -> torch.Tensor:
+        return score.expressive_attention(query, x, x).square().sum()
+
+    with dispatch.use_implementation("auto"):
+        found = torch.func.grad(loss)(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(found, torch.autograd.grad(loss(leaf), leaf)[0])
+    with dispatch.use_implementation("triton"), pytest.raises(SpecError, match="transforms of torch"):
+        torch.func.grad(loss)(x)
+
+
+@pytest.mark.parametrize("tanh", [False, True])
+def test_every_head_size_has_block_sizes(tanh: bool) -> None:
+    """Of the pairwise sum; in the interpreter there is one size for all."""
+    for dim in range(1, 129):
+        block_d = query_value_triton._block_d(dim)
+        for sizes in (query_value_triton._FORWARD, query_value_triton._BACKWARD):
+            assert any(query_value_triton._fits(size, block_d, tanh) for size in sizes)
+            configs = [query_value_triton._config(size) for size in sizes]
+            for length in (1, 32, 512):
+                lengths = {"n_queries": length, "n_keys": 1}
+                assert query_value_triton._prune(configs, lengths, BLOCK_D=block_d, TANH=tanh)
 
 
 def test_no_second_derivative(seed: int) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from attnpatch.bench.timing import BenchmarkError
 
 HALF, SINGLE = ("bfloat16", "float16"), "float32"
-CASES = ("none", "causal", "padding", "range", "causal range", "rows", "magnitudes", "dropout")
+CASES = ("none", "causal", "padding", "range", "causal range", "rows", "one query", "magnitudes", "dropout")
 COMPILE = "compile"
 TUNE_VARIABLE = "ATTNPATCH_TUNE"
 
@@ -114,6 +114,7 @@ def check_case(case: tuple[str, int, int, str, str], device: str, dry: bool) -> 
     dtype = getattr(torch, name)
     torch.manual_seed(zlib.crc32(repr(case).encode()))  # hash() differs from process to process
     n_queries, n_keys = ((20, 20) if dry else (333, 333)) if "causal" in kind else ((20, 35) if dry else (333, 517))
+    n_queries = 1 if kind == "one query" else n_queries
     heads = 1 if dry else 3
     q, k, v, g = (torch.randn(2, heads, n, dim, device=device) for n in (n_queries, n_keys, n_keys, n_queries))
     # Scores of both signs, away from 0: f'/f is unbounded there, and magnifies rounding where few keys are visible.
@@ -121,7 +122,7 @@ def check_case(case: tuple[str, int, int, str, str], device: str, dry: bool) -> 
     # Heads beside features in memory, as models have them.
     q, k, v, g = (x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, g))
     mask, p = None, 0.3 if kind == "dropout" else 0.0
-    if kind == "padding":
+    if kind in ("padding", "one query"):
         mask = torch.rand(2, 1, 1, n_keys, device=device) < 0.6
     if kind == "range":
         lengths = torch.tensor([n_keys // 3, n_keys - 7], device=device)

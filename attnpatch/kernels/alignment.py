@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SpecError, unknown
-from .alignment_networks import apply_network, check_width, serves_triton
+from .alignment_networks import Critic, Discriminator, Navigator, apply_network, check_width, serves_triton
 from .once import differentiable_once
 from .triton_here import USABLE
 
@@ -240,8 +240,9 @@ def _ratio(x: Tensor, y: Tensor) -> Tensor:
     return (x / y.masked_fill(y == 0, 1.0)).masked_fill(y == 0, 0.0)
 
 
-def _serves_both(navigator: nn.Module, critic: nn.Module, query: Tensor, key: Tensor) -> bool:
-    return serves_triton(navigator, query, key) and serves_triton(critic, query, key)
+def _fused(network: nn.Module, kinds: tuple[type, ...], query: Tensor, key: Tensor) -> bool:
+    """Whether a network is one of those that the fused losses know in its place, and can be served."""
+    return type(network) in kinds and serves_triton(network, query, key)
 
 
 def _adversarial(tokens: _Tokens, discriminator: nn.Module) -> Tensor:
@@ -454,10 +455,16 @@ def alignment_loss(
             check_width(network, query.shape[-1])
         if reduction != "none":
             # What cannot be averaged afterwards is averaged in there.
-            if discriminator is not None and serves_triton(discriminator, query, key):
-                return alignment_triton.adversarial(query, key, padding, discriminator, reduction == "mean")
-            if navigator is not None and critic is not None and _serves_both(navigator, critic, query, key):
-                return alignment_triton.transport(query, key, padding, navigator, critic, reduction == "mean")
+            mean = reduction == "mean"
+            if discriminator is not None and _fused(discriminator, (Discriminator,), query, key):
+                return alignment_triton.adversarial(query, key, padding, discriminator, mean)
+            if (
+                navigator is not None
+                and critic is not None
+                and _fused(navigator, (Navigator,), query, key)
+                and _fused(critic, (Critic, Navigator), query, key)
+            ):
+                return alignment_triton.transport(query, key, padding, navigator, critic, mean)
         tokens = _prepare(query, key, padding)
         if method == "ct":
             loss = _conditional_transport(tokens, navigator, critic)

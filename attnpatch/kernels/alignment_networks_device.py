@@ -201,7 +201,7 @@ def _gate(x, wide, g, g_bias, r, r_bias, ones, X_PARTS: tl.constexpr, PARTS: tl.
     gate = product(x, flipped(g), _dot(ones, g_bias, zero), X_PARTS, PARTS)
     transformed = product(x, flipped(r), _dot(ones, r_bias, zero), X_PARTS, PARTS)
     gate = _reciprocal(1.0 + exp2(gate * -1.4426950408889634))
-    transformed = tl.maximum(transformed, 0.0)
+    transformed = tl.maximum(transformed, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return gate, transformed, wide + gate * (transformed - wide)
 
 

@@ -229,8 +229,10 @@ class _Apply(torch.autograd.Function):
             if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated
                 sign = -1.0 if ctx.adversary else 1.0
                 out = plainly(x, [reversed_gradient(w, sign) for w in weights])
-                gradients = torch.autograd.grad(out, (x, *weights), grad.reshape(out.shape), create_graph=True)
-                return gradients[0], None, None, *gradients[1:]
+                inputs = [y for y in (x, *weights) if y.requires_grad]
+                found = iter(torch.autograd.grad(out, inputs, grad.reshape(out.shape), create_graph=True))
+                again = [next(found) if y.requires_grad else None for y in (x, *weights)]
+                return again[0], None, None, *again[1:]
             (d_x, _), d_weights = backward(_one_side(x), weights, PLAIN, ctx.adversary, grad.contiguous(), None)
         return d_x.view(x.shape), None, None, *d_weights
 

@@ -97,7 +97,8 @@ def transport_means(
         total = total * scale + tl.sum(weights, 1)
         gain = gain * scale + tl.sum(weights * cosine, 1)
         top = new
-    some = total > 0
+    # True of NaN, too: what is not a number must not pass for padding.
+    some = total != 0
     mean = tl.where(some, gain / tl.where(some, total, 1.0), 0.0)
     inside = rows < length
     sums = tl.where(valid & some, top + tl.log2(tl.where(some, total, 1.0)), float("inf"))
@@ -126,7 +127,7 @@ def transport_gradients(
     inside = rows < length
     sums = tl.load(Sums + base + rows, mask=inside, other=float("inf"))
     mean = tl.load(Means + base + rows, mask=inside, other=0.0)
-    shown = sums < float("inf")
+    shown = sums != float("inf")
     d_move = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     d_unit = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -137,7 +138,7 @@ def transport_gradients(
         other_move = _rows(Moves, MovesLow, other_base, first, others, DIM, BLOCK_N, BLOCK_D)
         other_unit = _rows(Units, UnitsLow, other_base, first, others, DIM, BLOCK_N, BLOCK_D)
         scores = product(move, flipped(other_move), zero, PARTS, PARTS) * LOG2E
-        seen = shown[:, None] & (other_sums < float("inf"))[None, :]
+        seen = shown[:, None] & (other_sums != float("inf"))[None, :]
         scores = tl.where(seen, scores, float("-inf"))
         cosine = product(unit, flipped(other_unit), zero, PARTS, PARTS)
         there = share * exp2(scores - sums[:, None])

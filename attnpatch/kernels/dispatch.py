@@ -130,6 +130,8 @@ def why_not(
         return f"query, key and value are on {query.device}, {key.device} and {value.device}"
     if max(query.dim(), key.dim(), value.dim()) > 4:
         return f"it takes up to 4 dimensions, got {query.dim()}"
+    if attn_mask is not None and attn_mask.device != query.device:
+        return f"attn_mask is on {attn_mask.device}, and query on {query.device}"
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         return f"attn_mask is {attn_mask.dtype}, and it takes bool (True = may attend)"
     if dropout_p >= 1.0:
@@ -139,6 +141,8 @@ def why_not(
     if forward_ad._current_level >= 0:
         # An operator without a rule for it would give a derivative of 0.
         return "forward-mode derivatives (torch.func.jvp, jacfwd) are asked for"
+    if torch._C._are_functorch_transforms_active():
+        return "transforms of torch.func are active"
     if name == "blocked":
         return None if query.device.type == "cpu" else f"it runs on the CPU, and query is on {query.device}"
     if name == "triton":
@@ -198,8 +202,14 @@ def four_dimensions(
     """query, key and value expanded to [B, H, ...]; mask [1 or B, 1 or H, 1 or T, S].
 
     Raises:
-        SpecError: the mask does not broadcast to the scores.
+        SpecError: the mask does not broadcast to the scores, or query, key and value do not belong together.
     """
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+        raise SpecError(
+            f"query, key and value of shapes {shapes} do not fit: query and key need one head size, and key and value"
+            " one length"
+        )
     batch = tuple(query.shape[:2])
     if query.dim() == 4 and batch == key.shape[:-2] == value.shape[:-2]:
         q, k, v = query, key, value

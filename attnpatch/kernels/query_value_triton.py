@@ -11,8 +11,7 @@ time, and is counted here in instructions of one warp lane for each element (t, 
     x y           With x = exp(-gate_q) and y = exp(-gate_v), made once for each row, sigmoid = 1 / (1 + x y); tanh is
                   1 - 2 / (1 + exp(2 mix_q) exp(2 mix_v)). No exponential is left in the loop.
     reciprocals   are an eighth of the rate of the rest, so two elements share one: r = 1 / (p q), 1 / p = r q. The two
-                  are neighbours in d (tanh: the two denominators of one element), so that no query and no key has an
-                  influence on the rounding of another's sigmoid.
+                  are neighbours in d (tanh: the two denominators of one element), not tokens.
     forward       One program owns queries and loops over keys: fma, 3/2 mul and 1/2 reciprocal for s; a v, out += a v s
                   and, when gradients will be asked for, s - s^2 and slope += a v (s - s^2): 6.5 + 0.5, or 4.5 + 0.5.
                   slope is d out / d gate_q, so gate_q's gradient needs no loop of its own.
@@ -418,7 +417,7 @@ def _prune(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> l
     fitting = [
         c for c in configs if _fits((c.kwargs["BLOCK"], c.num_warps, 0), constants["BLOCK_D"], constants["TANH"])
     ]
-    return [c for c in fitting if c.kwargs["BLOCK"] < 2 * longest]
+    return [c for c in fitting if c.kwargs["BLOCK"] < 2 * longest] or fitting[-1:]
 
 
 def _tuned(function: Any, sizes: list[Sizes], key: list[str]) -> Any:

@@ -4,9 +4,9 @@ Shapes: query [B, H, T, D], key [B, H, S, D], value [B, H, S, D], keep None or b
 D up to 128, padded to a power of two in registers.
 
 `attnpatch.kernels.score_triton_device` computes; here block sizes are chosen and the kernels become operators. The
-backward pass is two kernels, of the programs that own keys and of those that own queries: seven matrix products and
-the same bits in every run. Five products, with the gradient of the queries added up in memory by the programs that
-own keys, took 1.09 times as long on an H200.
+backward pass is two kernels, of the programs that own keys and of those that own queries: seven matrix products, and
+the same bits in every run with the same block sizes. A form with five products, the gradient of the queries added up in
+memory by the programs that own keys, was slower (docs/performance.md).
 
 Dropout's seed is read on the device, so that the kernels can be captured in a CUDA graph.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -103,6 +104,7 @@ SIZES: dict[str, list[Sizes]] = {
 _SMALL = Sizes(16, 32, 4, 1)
 _PADDED = 128
 _chosen: dict[Any, Sizes] = {}
+_tuning_one = threading.Lock()
 
 
 def _config(sizes: Sizes) -> Any:
@@ -163,9 +165,10 @@ def _launch(name: str, length: int, call: _Call, block: str, *arguments: Any, **
         kind = (name, query.device, query.dtype, call.size_class, *constants.values())
         sizes = _chosen.get(kind)
         if sizes is None:
-            tuner.cache.clear()
-            tuner[grid](*arguments, **constants)
-            best = tuner.best_config
+            with _tuning_one:
+                tuner.cache.clear()
+                tuner[grid](*arguments, **constants)
+                best = tuner.best_config
             blocks = best.kwargs["BLOCK_M"], best.kwargs["BLOCK_N"]
             _chosen[kind] = Sizes(*blocks, best.num_warps, best.num_stages, best.maxnreg)
             return
@@ -244,8 +247,8 @@ def _constants(kernel: str, degree: int, scale: float) -> tuple[float, float]:
         return 0.0, float(degree)
     if kernel == "elu":
         return 0.0, 1.0
-    if not 1e-15 < abs(scale) < 900.0:
-        # Outside, x^2 beside c could leave float32's range: not a number sends every row to the scaled form.
+    if not 1e-10 < abs(scale) < 900.0:
+        # Outside, x^2 beside c or the slope could leave float32's range: NaN sends every row to the scaled form.
         return math.nan, 1.0
     c = scale**-2
     return c, 2.0 * c / scale
@@ -356,6 +359,7 @@ def _backward(
     dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     if output.numel() == 0 or key.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
+    grad = _near(grad)
     call = _Call(query, key, keep, kernel, degree, scale, is_causal, dropout_p)
     kinds, kind_strides = _kind_arguments(kinds, query)
     padded = (call.programs, call.n_padded)
@@ -377,6 +381,11 @@ def _backward(
     return dq, dk, dv
 
 
+def _near(x: Tensor) -> Tensor:
+    """x, copied if the offsets within a block of rows do not fit 32 bits."""
+    return x.contiguous() if max(x.stride()[2:]) >= 2**24 else x
+
+
 class _Attention(torch.autograd.Function):
     """The operator below in eager mode, where its calls cost a fraction of a torch.library operator's."""
 
@@ -396,11 +405,22 @@ class _Attention(torch.autograd.Function):
 
 
 def triton_attention(*arguments: Any) -> Tensor:
-    """Output [B, H, T, D]; arguments as `triton_attention_op`."""
+    """Attention with a non-softmax score kernel, for what `why_not` has no objection to.
+
+    Args (in this order):
+        query: [B, H, T, D]. key, value: [B, H, S, D], of query's dtype and device.
+        keep: bool, [1 or B, 1 or H, 1 or T, S], True where a query may attend; or None.
+        seed: of dropout, an int64 scalar on the device; or None.
+        kernel, degree: as in `attnpatch.kernels.score.kernel_attention`. scale: of the scores.
+        is_causal: query i sees keys up to i; not together with `keep`. dropout_p: in [0, 1).
+        training: whether a gradient will be wanted.
+    Returns:
+        [B, H, T, D] in query's dtype.
+    """
+    arguments = (*map(_near, arguments[:3]), *arguments[3:])
     if (
         torch.compiler.is_compiling()
-        or type(arguments[0]) not in (Tensor, torch.nn.Parameter)
-        or torch._C._are_functorch_transforms_active()
+        or any(type(x) not in (Tensor, torch.nn.Parameter, type(None)) for x in arguments[:5])
         or torch._C._len_torch_dispatch_stack() > 0
     ):
         return triton_attention_op(*arguments)[0]
@@ -421,7 +441,7 @@ def triton_attention_op(
     dropout_p: float,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `_forward`, for torch.compile, exports, transforms and dispatch modes."""
+    """As `_forward`, for torch.compile, exports and dispatch modes."""
     kinds = mask_kinds(keep, query.shape[2])
     return _forward(kinds, query, key, value, keep, seed, kernel, degree, scale, is_causal, dropout_p, training)
 

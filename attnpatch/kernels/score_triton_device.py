@@ -13,11 +13,11 @@ written for few instructions, because elementwise work and not the matrix produc
 - A row whose sum under- or overflows is computed again in the same program, scaled by a number m that is saved beside
   the sum: f(z) is z^2 / m^2 / (1 + z^2), (z / m)^degree, or elu(z) + 1 over exp(m) for a negative m and over 1 + m
   for a positive one. m = 1 (elu: 0) in every other row; m = inf means that all visible scores are zero, and the row
-  is uniform. The backward pass takes the loops for such rows only where there are any.
+  is uniform. The backward pass takes the loops for such rows only where there are any: rarely, but in float16.
 
 Dropout keeps the weight of row i and column j if (a_i j + c_i) j + d_i mod 2^32 is not below p 2^32; a_i, c_i and d_i
-are Philox of (seed; row, head). Rows are independent of each other, and any three weights of a row nearly so, for two
-multiplications a weight; the backward pass draws the same numbers, whatever the block sizes.
+are Philox of (seed; row, head). Rows are independent of each other, and any three weights of a row nearly so (up to
+some 65,000 keys), for two multiplications a weight; the backward pass draws the same numbers, whatever the block sizes.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def _power(x, EXPONENT: tl.constexpr):
 
 @triton.jit
 def _reciprocal(x):
-    """1 / x to one unit in the last place, and 0 of infinity, in one instruction: a division takes eight."""
+    """1 / x to one unit in the last place, and 0 from 2^126 on, in one instruction: a division takes eight.
+
+    So f is 0 instead of 1 for products x from 9e18 to 1.8e19; beyond, their squares are infinite, and the row is lost.
+    """
     if PTX:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     return 1.0 / x
@@ -78,7 +81,8 @@ def _strength(x, c, scale, KERNEL: tl.constexpr, DEGREE: tl.constexpr):
     z = x * scale
     if KERNEL == 1:
         return _power(z, DEGREE)
-    return tl.exp(tl.minimum(z, 0.0)) + tl.maximum(z, 0.0)
+    # Triton would take the number of a number and NaN.
+    return tl.exp(tl.minimum(z, 0.0)) + tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -127,7 +131,10 @@ def _scaled_strength(z, m, KERNEL: tl.constexpr, DEGREE: tl.constexpr):
         f = _power(z * unit, DEGREE) + added
     else:
         # m is the largest score, but for the rounding of a product whose factors have changed places.
-        f = (tl.exp(tl.minimum(tl.minimum(z, 0.0) - tl.minimum(m, 0.0), 0.0)) + tl.maximum(z, 0.0)) * unit
+        f = (
+            tl.exp(tl.minimum(tl.minimum(z, 0.0) - tl.minimum(m, 0.0), 0.0))
+            + tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        ) * unit
     return f
 
 
@@ -396,7 +403,7 @@ def _forward(
             0, n_keys, stride_ks, stride_kd, stride_vs, stride_vd, stride_mt, stride_ms, n_queries, n_keys,
             False, True, KERNEL, DEGREE, CAUSAL, MASK, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
-    # Not a number fails the comparisons, too. float16 has no digits left for small weights.
+    # Not a number fails the comparisons, too. float16 has no digits left for small weights, so there it is not rare.
     smallest = 0.5 if Output.dtype.element_ty == tl.float16 else SMALLEST
     lost = (rows < n_queries) & ~((total >= smallest) & (total <= LARGEST))
     if tl.max(lost.to(tl.int32), 0) > 0:

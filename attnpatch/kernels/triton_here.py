@@ -31,8 +31,8 @@ def why_not_on(x: Tensor, what: str, least: tuple[int, int] = (8, 0), major: int
     if x.device.type != "cuda":
         return None if INTERPRETED and x.device.type == "cpu" else f"it runs on CUDA, and {what} is on {x.device}"
     found = torch.cuda.get_device_capability(x.device)
-    if major is not None and found[0] != major:
-        return f"it takes GPUs of compute capability {major}.x, and this one has {found[0]}.{found[1]}"
+    if major is not None and (found[0] != major or torch.version.hip is not None):
+        return f"it takes NVIDIA's GPUs of compute capability {major}.x, and this one has {found[0]}.{found[1]}"
     if found < least:
         wanted = f"{least[0]}.{least[1]} and above"
         return f"it takes GPUs of compute capability {wanted}, and this one has {found[0]}.{found[1]}"
