@@ -186,12 +186,9 @@ def _untuned(name: str, query: Tensor, call: _Call) -> Sizes:
     if query.dtype == torch.float32:
         return Sizes(32, 32, 4, 1) if block_d > 64 else Sizes(32, 64, 4, 1)
     if block_d <= 64 and torch.cuda.get_device_capability(query.device) == (9, 0):
-        # The fastest on an H200 (docs/performance.md).
-        if name == "forward" and call.constants["DROPOUT"]:
-            return Sizes(64, 64, 4, 3, 168)
-        if name == "forward":
-            return Sizes(128, 64, 8, 3, 128) if call.n_keys >= 2048 else Sizes(64, 64, 4, 3, 128)
-        return Sizes(64, 64, 4, 3) if name == "key" else Sizes(64, 64, 4, 3, 168)
+        # Checked and timed on an H200 (docs/performance.md).
+        registers = {"forward": 168 if call.constants["DROPOUT"] else 128, "key": None, "query": 168}[name]
+        return Sizes(64, 64, 4, 3, registers)
     return Sizes(32, 64, 4, 2) if name != "forward" and block_d > 64 else SIZES[name][0]
 
 
