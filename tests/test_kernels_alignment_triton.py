@@ -16,9 +16,9 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from attnpatch.kernels import alignment_networks_device as n
-from attnpatch.kernels import alignment_shares_device as s
-from attnpatch.kernels import alignment_transport_device as t
+from attnpatch.kernels import alignment_networks_triton_device as n
+from attnpatch.kernels import alignment_shares_triton_device as s
+from attnpatch.kernels import alignment_transport_triton_device as t
 
 
 def build(function, dtype, stages=1, **values):

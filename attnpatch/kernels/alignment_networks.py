@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from ..errors import SpecError
 from . import dispatch
+from .gradient_reversal import gradient_reversal
 from .triton_here import USABLE
 
 if USABLE:
@@ -27,22 +28,6 @@ if USABLE:
 # Tokens of one pass: with two threads 1,024 and all at once were slower by some percent of a training step.
 _TOKENS = 4096
 _SLOPE = 0.01  # of F.leaky_relu
-
-
-class _GradientReversal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * -ctx.scale, None
-
-
-def gradient_reversal(x: Tensor, scale: float = 1.0) -> Tensor:
-    """The identity, whose gradient is multiplied by `-scale`."""
-    return _GradientReversal.apply(x, scale)
 
 
 class _Network(nn.Module):

@@ -1,6 +1,6 @@
 """The alignment losses' networks (`attnpatch.kernels.alignment_networks`) fused in Triton, for CUDA.
 
-`attnpatch.kernels.alignment_networks_device` computes; here its kernels are launched, and are a differentiable
+`attnpatch.kernels.alignment_networks_triton_device` computes; here its kernels are launched, and are a differentiable
 function of tokens and weights. The tokens are all that waits for the backward pass.
 """
 
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor, nn
 
-from attnpatch.kernels import alignment_networks_device as device
-from attnpatch.kernels import alignment_shares_device
+from attnpatch.kernels import alignment_networks_triton_device as device
+from attnpatch.kernels import alignment_shares_triton_device
+from attnpatch.kernels.gradient_reversal import gradient_reversal
 from attnpatch.kernels.triton_here import INTERPRETED, why_not_on
 
 MAX_SIZE = 64
@@ -116,7 +117,7 @@ def shares(tokens: Tokens, mean: bool) -> Tensor:
     result = torch.empty(2, tokens.batch, dtype=torch.float32, device=tokens.query.device)
     lengths = tokens.query.shape[2], tokens.key.shape[2]
     with torch.cuda.device_of(result):
-        alignment_shares_device.token_shares[(1,)](
+        alignment_shares_triton_device.token_shares[(1,)](
             *tokens.padding, result, tokens.batch, tokens.heads, *lengths,
             MASKED=tokens.masked, MEAN=mean, BLOCK_B=32, BLOCK_T=128,
         )  # fmt: skip
@@ -227,8 +228,8 @@ class _Apply(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated
-                sign = -1.0 if ctx.adversary else 1.0
-                out = plainly(x, [reversed_gradient(w, sign) for w in weights])
+                scale = 1.0 if ctx.adversary else -1.0
+                out = plainly(x, [gradient_reversal(w, scale) for w in weights])
                 inputs = [y for y in (x, *weights) if y.requires_grad]
                 found = iter(torch.autograd.grad(out, inputs, grad.reshape(out.shape), create_graph=True))
                 again = [next(found) if y.requires_grad else None for y in (x, *weights)]
@@ -239,22 +240,6 @@ class _Apply(torch.autograd.Function):
 
 def _one_side(x: Tensor) -> Tokens:
     return Tokens(x.reshape(1, 1, -1, x.shape[-1]), None)
-
-
-class _Signed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sign: float) -> Tensor:
-        ctx.sign = sign
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.sign, None
-
-
-def reversed_gradient(x: Tensor, sign: float) -> Tensor:
-    """The identity, whose gradient is multiplied by `sign`."""
-    return _Signed.apply(x, sign)
 
 
 def apply_fused(module: nn.Module, x: Tensor, adversary: bool, squeezed: bool) -> Tensor:

@@ -16,8 +16,9 @@ import triton
 from torch import Tensor, nn
 
 from attnpatch.kernels import alignment_networks_triton as networks
-from attnpatch.kernels import alignment_transport_device as device
+from attnpatch.kernels import alignment_transport_triton_device as device
 from attnpatch.kernels.alignment_networks_triton import HALVES, LOSS, UNIT, Tokens
+from attnpatch.kernels.gradient_reversal import gradient_reversal
 from attnpatch.kernels.once import differentiable_once
 from attnpatch.kernels.triton_here import INTERPRETED
 
@@ -26,14 +27,25 @@ BLOCK = 16 if INTERPRETED else 64
 
 
 def adversarial(query: Tensor, key: Tensor, padding: Padding, discriminator: nn.Module, mean: bool) -> Tensor:
-    """The loss of `gan`, summed or averaged over sequences and heads; the discriminator's gradient is reversed."""
+    """The loss of `gan`; the discriminator's gradient is reversed.
+
+    Args:
+        query: [B, H, T, D]. key: [B, H, S, D]. padding: of queries [B, T] and keys [B, S], True: padding.
+        discriminator: one that `attnpatch.kernels.alignment_networks.serves_triton`.
+        mean: over sequences that count, and heads; else the sum.
+    Returns:
+        a scalar in float32.
+    """
     return _Adversarial.apply(query, key, padding, mean, *networks.weights_of(discriminator))
 
 
 def transport(
     query: Tensor, key: Tensor, padding: Padding, navigator: nn.Module, critic: nn.Module, mean: bool
 ) -> Tensor:
-    """The loss of `ct`, summed or averaged over sequences and heads; the critic's gradient is reversed."""
+    """The loss of `ct`; the critic's gradient is reversed. Arguments and result as of `adversarial`.
+
+    Not differentiable twice.
+    """
     weights = networks.weights_of(navigator), networks.weights_of(critic)
     return _Transport.apply(query, key, padding, mean, torch.is_grad_enabled(), *weights[0], *weights[1])
 
@@ -67,7 +79,7 @@ class _Adversarial(torch.autograd.Function):
 
 
 def _plain_adversarial(query: Tensor, key: Tensor, padding: Padding, shares: Tensor, weights: list[Tensor]) -> Tensor:
-    weights = [networks.reversed_gradient(w.float(), -1.0) for w in weights]
+    weights = [gradient_reversal(w.float()) for w in weights]
     loss = shares.new_zeros(())
     for x, off, share, sign in zip((query, key), padding, shares, (1.0, -1.0), strict=True):
         x, share = x.float(), share[:, None, None].expand(*x.shape[:3])

@@ -22,11 +22,10 @@ some 65,000 keys), for two multiplications a weight; the backward pass draws the
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from attnpatch.kernels.triton_here import INTERPRETED
+from attnpatch.kernels.triton_device import UPCAST, from_bfloat16, reciprocal, to_bfloat16
 
 # Arguments whose being 1 or a multiple of 16 would only make Triton compile again.
 UNSPECIALISED = ["n_heads", "n_queries", "n_keys", "n_rows", "threshold", "stride_kind_b", "stride_kind_h"]
@@ -37,10 +36,6 @@ LARGEST = tl.constexpr(1e25)
 ZERO = tl.constexpr(1e-28)
 # Beyond it f(z) = 1 in float32, and the square does not overflow.
 BOUND = tl.constexpr(1e18)
-# Triton's interpreter multiplies bfloat16 as if it were integers.
-UPCAST = tl.constexpr(INTERPRETED)
-# Whether NVIDIA's instructions can be named.
-PTX = tl.constexpr(not INTERPRETED and torch.version.hip is None)
 
 
 @triton.jit
@@ -58,26 +53,18 @@ def _power(x, EXPONENT: tl.constexpr):
     return result
 
 
-@triton.jit
-def _reciprocal(x):
-    """1 / x to one unit in the last place, and 0 from 2^126 on, in one instruction: a division takes eight.
-
-    So f is 0 instead of 1 for products x from 9e18 to 1.8e19; beyond, their squares are infinite, and the row is lost.
-    """
-    if PTX:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    return 1.0 / x
-
-
 # --- f and its slope: of scores as they are, and of rows scaled by m ---------------------------------------------
 
 
 @triton.jit
 def _strength(x, c, scale, KERNEL: tl.constexpr, DEGREE: tl.constexpr):
-    """f(scale x), of products x = q k; for expressive as x^2 / (c + x^2) with c = 1 / scale^2 (infinite: f = 0)."""
+    """f(scale x), of products x = q k; for expressive as x^2 / (c + x^2) with c = 1 / scale^2.
+
+    There f is 0 instead of 1 for x from 9e18 to 1.8e19; beyond, its square is infinite, and the row is lost.
+    """
     if KERNEL == 0:
         square = x * x
-        return square * _reciprocal(square + c)
+        return square * reciprocal(square + c)
     z = x * scale
     if KERNEL == 1:
         return _power(z, DEGREE)
@@ -93,7 +80,7 @@ def _weights_and_slope(
     range a slope without it could leave)."""
     if KERNEL == 0:
         square = x * x
-        root = _reciprocal(square + c)
+        root = reciprocal(square + c)
         share = root * inverse
         slope = (x * root) * share
         if HALF:
@@ -302,22 +289,18 @@ def _tile(
 
 @triton.jit
 def _narrow(x, like):
-    """x in the type of `like`. Two numbers by one instruction, which LLVM neither splits nor moves before a select."""
-    if PTX and like.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, True, 2)
+    """float32 in the type of `like`."""
+    if like.dtype == tl.bfloat16:
+        return to_bfloat16(x)
     return x.to(like.dtype)
 
 
 @triton.jit
 def _round(x, like):
-    """(x as `_narrow` has it, the same in float32): from bfloat16 Triton converts with the unit that reciprocals wait
-    for."""
+    """(x as `_narrow` has it, the same in float32)."""
     narrow = _narrow(x, like)
-    if PTX and like.dtype == tl.bfloat16:
-        wide = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [narrow], tl.float32, True, 2
-        )
-        return narrow, wide
+    if like.dtype == tl.bfloat16:
+        return narrow, from_bfloat16(narrow)
     return narrow, narrow.to(tl.float32)
 
 

@@ -7,7 +7,7 @@ With scores S = t_phi(q) . t_phi(k), cosines C of t_eta, shares a of queries and
 Two passes, block by block, so that no T x S matrix is ever in memory: the first gives each query and each key the
 logarithm of its softmax's sum and its mean cosine, the second the gradients. In both a program owns a block of one side
 and goes over the other's. Vectors are in memory as two of bfloat16 each, or as one of float32: see
-`attnpatch.kernels.alignment_networks_device`.
+`attnpatch.kernels.alignment_networks_triton_device`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnpatch.kernels.alignment_networks_device import exp2, flipped, product, split
+from attnpatch.kernels.alignment_networks_triton_device import exp2, flipped, product, split
 
 LOG2E = tl.constexpr(1.4426950408889634)
 UNSPECIALISED = ["n_batch", "n_heads", "n_queries", "n_keys"]

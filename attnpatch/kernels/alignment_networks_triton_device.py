@@ -17,20 +17,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnpatch.kernels.score_triton_device import PTX, UPCAST, _reciprocal
+from attnpatch.kernels.triton_device import PTX, UPCAST, from_bfloat16, reciprocal, to_bfloat16
 
 # What a forward pass gives, and where the gradient of its result comes from.
 PLAIN = tl.constexpr(0)  # the network's result; its gradient from memory
 LOSS = tl.constexpr(1)  # the sum of weighted log sigmoids of a discriminator; its gradient from there
-HALVES = tl.constexpr(
-    2
-)  # the result as two of bfloat16 (of float32 tokens as it is); its gradient from memory, times a number on the device
+# The result as two of bfloat16 (of float32 tokens as it is); its gradient from memory, times a number on the device.
+HALVES = tl.constexpr(2)
 UNIT = tl.constexpr(3)  # as HALVES, of length 1, and what it was divided by
 
 TINY = tl.constexpr(1e-12)  # the square of a length below which a vector has no direction
 SLOPE = tl.constexpr(0.01)  # of leaky_relu
-_PAIR = tl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
-_UNPAIR = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 UNSPECIALISED = ["n_heads", "n_queries", "n_keys", "query_rows", "key_rows", "query_programs", "key_programs"]
 
 
@@ -42,13 +39,8 @@ def _rounded(x):
         bits = x.to(tl.uint32, bitcast=True)
         wide = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         return wide.to(tl.bfloat16), wide
-    elif PTX:
-        # In pairs; Triton would convert what is wanted in float32, too, one by one.
-        rounded = tl.inline_asm_elementwise(_PAIR, "=r,f,f", [x], tl.bfloat16, True, 2)
-        return rounded, tl.inline_asm_elementwise(_UNPAIR, "=r,=r,r", [rounded], tl.float32, True, 2)
-    else:
-        rounded = x.to(tl.bfloat16)
-        return rounded, rounded.to(tl.float32)
+    rounded = to_bfloat16(x)
+    return rounded, from_bfloat16(rounded)
 
 
 @triton.jit
@@ -200,7 +192,7 @@ def _gate(x, wide, g, g_bias, r, r_bias, ones, X_PARTS: tl.constexpr, PARTS: tl.
     zero = tl.zeros(wide.shape, tl.float32)
     gate = product(x, flipped(g), _dot(ones, g_bias, zero), X_PARTS, PARTS)
     transformed = product(x, flipped(r), _dot(ones, r_bias, zero), X_PARTS, PARTS)
-    gate = _reciprocal(1.0 + exp2(gate * -1.4426950408889634))
+    gate = reciprocal(1.0 + exp2(gate * -1.4426950408889634))
     transformed = tl.maximum(transformed, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return gate, transformed, wide + gate * (transformed - wide)
 
