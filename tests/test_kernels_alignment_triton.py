@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from triton_process import run_compiler, run_interpreted
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -63,17 +62,10 @@ build(n.network_backward, "fp32", HIGHWAY=True, OUT=1, RESULT=0)
 
 
 def test_in_the_interpreter() -> None:
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", here / "interpreted_alignment.py"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    run_interpreted("interpreted_alignment.py")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
 def test_compiles_for_a_gpu(tmp_path: Path) -> None:
-    """Without one: what the interpreter does not check is types, and that the blocks fit."""
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
+    run_compiler(COMPILE, tmp_path)

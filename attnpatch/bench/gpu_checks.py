@@ -19,11 +19,11 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from attnpatch.bench.timing import BenchmarkError
+from attnpatch.kernels.triton_here import TUNE_VARIABLE
 
 HALF, SINGLE = ("bfloat16", "float16"), "float32"
 CASES = ("none", "causal", "padding", "range", "causal range", "rows", "one query", "magnitudes", "dropout")
 COMPILE = "compile"
-TUNE_VARIABLE = "ATTNPATCH_TUNE"
 
 Work = tuple[str, tuple[Any, ...], str, bool]
 """What is done, with what, on which device, and whether in the small sizes of a dry run."""

@@ -30,7 +30,7 @@ from attnpatch.errors import SpecError
 from attnpatch.kernels import compiled, score_blocked, score_native
 from attnpatch.kernels.score import check_name, default_scale, plain_attention
 from attnpatch.kernels.score_blocked import blocked_attention_op
-from attnpatch.kernels.triton_here import INSTALLED, USABLE, why_not_here
+from attnpatch.kernels.triton_here import INSTALLED, TUNE_VARIABLE, USABLE, why_not_here
 
 IMPLEMENTATIONS = ("auto", "plain", "blocked", "triton", "flex")
 VARIABLE = "ATTNPATCH_KERNEL"
@@ -263,6 +263,6 @@ def describe() -> dict[str, object]:
         for device in (f"cuda:{i}" for i in range(torch.cuda.device_count())):
             timed = score_triton.tuning(torch.empty(0, device=device))
             found[f"block sizes on {device}"] = (
-                f"{'timed when a kind of call first comes' if timed else 'fixed'} ({score_triton.TUNE_VARIABLE})"
+                f"{'timed when a kind of call first comes' if timed else 'fixed'} ({TUNE_VARIABLE})"
             )
     return found

@@ -25,12 +25,11 @@ from torch import Tensor
 from attnpatch.kernels import score_triton_device as device
 from attnpatch.kernels.once import differentiable_once
 from attnpatch.kernels.score import check_name
-from attnpatch.kernels.triton_here import INTERPRETED, why_not_on
+from attnpatch.kernels.triton_here import INTERPRETED, TUNE_VARIABLE, why_not_on
 
 KERNEL_CODES = {"expressive": 0, "polynomial": 1, "elu": 2}
 
 MAX_HEAD_DIM = 128
-TUNE_VARIABLE = "ATTNPATCH_TUNE"
 
 
 def tuning(x: Tensor, measured: bool = True) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 INSTALLED = importlib.util.find_spec("triton") is not None
 # The words that Triton takes for yes.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+TUNE_VARIABLE = "ATTNPATCH_TUNE"
 USABLE = INSTALLED and (torch.cuda.is_available() or INTERPRETED)
 
 
