@@ -246,16 +246,18 @@ def test_translations_are_those_of_generate_in_order(tmp_path: Path, spec: str |
 
 
 def test_a_model_that_wants_no_cache_or_another_gets_none_of_ours(tmp_path: Path) -> None:
-    from attnpatch.experiments.translation.decoding import empty_cache
+    from attnpatch.experiments.translation.decoding import lean_decoding
 
     model, data = tiny_model(), rows(12)
-    assert list(empty_cache(model, model.generation_config)) == ["past_key_values"]
+    with lean_decoding(model, 2) as arguments:
+        assert "past_key_values" in arguments()
     trainer = make(tmp_path, model, data)
     wanted = trainer.translate(data, 64, num_beams=2, max_length=9)
     for name, value in (("use_cache", False), ("cache_implementation", "static")):
         before = getattr(model.generation_config, name)
         setattr(model.generation_config, name, value)
-        assert empty_cache(model, model.generation_config) == {}
+        with lean_decoding(model, 2) as arguments:
+            assert "past_key_values" not in arguments()
         assert trainer.translate(data, 64, num_beams=2, max_length=9) == wanted
         setattr(model.generation_config, name, before)
 
@@ -266,13 +268,17 @@ def test_tokens_that_are_forbidden_in_decoding_stay_so() -> None:
     from attnpatch.experiments.translation.decoding import lean_generation
 
     given = GenerationConfig(bad_words_ids=[[5], [7]], eos_token_id=0)
-    lean = lean_generation(given)
-    assert (lean.bad_words_ids, lean.suppress_tokens) == (None, [5, 7])
+    lean, processors = lean_generation(given)
+    assert lean.bad_words_ids is None
     assert given.bad_words_ids == [[5], [7]]
+    scores = torch.randn(3, 9)
+    wanted = scores.clone()
+    wanted[:, [5, 7]] = float("-inf")
+    torch.testing.assert_close(processors(torch.zeros(3, 1, dtype=torch.long), scores), wanted)
     # Of several tokens, or the end: only bad_words_ids says that.
     for words in ([[5, 6]], [[0]]):
-        lean = lean_generation(GenerationConfig(bad_words_ids=words, eos_token_id=0))
-        assert (lean.bad_words_ids, lean.suppress_tokens) == (words, None)
+        lean, processors = lean_generation(GenerationConfig(bad_words_ids=words, eos_token_id=0))
+        assert (lean.bad_words_ids, len(processors)) == (words, 0)
 
 
 @pytest.mark.parametrize(

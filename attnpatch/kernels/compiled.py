@@ -28,7 +28,12 @@ FOLDER = Path(__file__).parent
 # Elsewhere than on x86 the processor's identity, which the cache goes by, says too little for -march=native.
 _X86 = platform.machine() in ("x86_64", "AMD64")
 _TUNED = ("-march=native", "-mprefer-vector-width=512") if _X86 else ()
-SOURCES = {"score_native": ("-ffast-math",), "select_exact": ("-fno-math-errno",)}
+_REASSOCIATED = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
+SOURCES = {
+    "decode_native": _REASSOCIATED,
+    "score_native": ("-ffast-math",),
+    "select_exact": ("-fno-math-errno",),
+}
 """The sources, and the flags of the compiler that each takes."""
 COMPILE = ("-O3", *_TUNED, "-fPIC", "-c")
 TIMEOUT = 60.0

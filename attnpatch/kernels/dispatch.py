@@ -6,14 +6,12 @@
     blocked  block by block on the CPU, O(T) memory
     plain    the definition, [T, S] weights in memory; serves everything
 
-The choice is automatic. `ATTNPATCH_KERNEL` in the environment, `use_implementation` or the argument
+The choice is automatic; single queries, as in a step of generation, are then computed in C on the CPU
+(attnpatch.kernels.decode). `ATTNPATCH_KERNEL` in the environment, `use_implementation` or the argument
 `implementation` of the functions ask for one by name, and an error says why if it cannot serve. Softmax is plain.
 
 The pairwise sum of query_value and the alignment losses gan and ct are fused in Triton where `triton` or the automatic
 choice is asked for and it can serve (on a CPU, in Triton's interpreter, `triton` alone), and torch's elsewhere.
-
-The sum of the pairwise query_value form is fused in Triton on CUDA and a sum over blocks of torch operations elsewhere;
-`use_implementation("triton")` takes Triton's interpreter for it on a CPU, where that is on.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attnpatch.errors import SpecError
-from attnpatch.kernels import compiled, score_blocked, score_native
+from attnpatch.kernels import compiled, decode, score_blocked, score_native
 from attnpatch.kernels.score import check_name, default_scale, plain_attention
 from attnpatch.kernels.score_blocked import blocked_attention_op
 from attnpatch.kernels.triton_here import INSTALLED, TUNE_VARIABLE, USABLE, why_not_here
@@ -84,6 +82,10 @@ def attend(
         name = "plain"
     tensors = (query, key, value, attn_mask)
     if name == "auto":
+        if not is_causal and dropout_p == 0.0 and decode.why_not(*tensors) is None and len(query) == len(key):
+            decoded = decode.decode_attention(query, key, value, attn_mask, factor, kernel, degree)
+            if decoded is not None:
+                return decoded
         name = choose(*tensors, dropout_p, kernel)
     elif name != "plain":
         reason = why_not(name, *tensors, dropout_p, kernel)
@@ -256,6 +258,7 @@ def describe() -> dict[str, object]:
     whole = "without dropout whole attention" if score_native.products() else "elementwise passes (torch has no MKL)"
     wanted = f"from {score_blocked.COMPILED_FROM} scores a call, in float32; {whole}"
     found["compiled code of blocked"] = compiled.why_not("score_native") or wanted
+    found["compiled attention of single queries"] = compiled.why_not("decode_native") or "yes"
     found["compiled search of value_aware"] = compiled.why_not("select_exact") or "yes"
     if reason := why_not_here():
         found["triton"] = reason

@@ -3,57 +3,122 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import DynamicCache, EncoderDecoderCache
+from torch import Tensor, nn
+from transformers import AttentionInterface, LogitsProcessor, LogitsProcessorList
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from attnpatch.experiments.translation.beam_cache import BeamCache
+from attnpatch.kernels import decode
+
+IMPLEMENTATION = "attnpatch_decoding"
+"""The name under which `decoding_attention` is registered."""
 
 
-class BeamCache(EncoderDecoderCache):
-    """The cache of an encoder-decoder, whose source side stays where it is when beams change places.
+def decoding_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' `sdpa`, faster for single queries on a CPU, and for rows of queries that share their keys.
 
-    A beam follows another beam of its own sentence, and all beams of a sentence have the same source: reordering its
-    keys and values, as transformers does, copies them onto themselves at every step.
+    query [R, H, T, D], key and value [R / n, H, S, D], where each row serves n rows of queries, as `BeamCache` keeps
+    the source of n beams; attention_mask [1 or R, 1, 1 or T, S], which the n rows then have in common -> output
+    [R, T, H, D], and no weights.
     """
+    beams, length = query.shape[0] // key.shape[0], query.shape[2]
+    mask = attention_mask
+    if beams > 1 and mask is not None and mask.shape[0] > 1:
+        mask = mask[::beams]
+    if dropout == 0.0 and decode.why_not(query, key, value, mask) is None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        decoded = decode.decode_attention(query, key, value, mask, scale)
+        if decoded is not None:
+            return decoded.transpose(1, 2), None
+    if beams > 1:
+        # The beams of a sentence as queries of one row.
+        query = query.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)
+        mask = mask if mask is None or mask.shape[2] == 1 else mask.repeat(1, 1, beams, 1)
+        kwargs["is_causal"] = False
+    output, weights = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    if beams > 1:
+        output = output.unflatten(1, (beams, length)).flatten(0, 1)
+    return output, weights
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.self_attention_cache.reorder_cache(beam_idx)
 
-
-def empty_cache(model: Any, config: Any) -> dict[str, BeamCache]:
-    """The argument of `generate` that brings a `BeamCache`; none if `config` wants no cache, or one of another kind."""
-    if config.use_cache is False or config.cache_implementation is not None:
-        return {}
-    decoder = model.config.get_text_config(decoder=True)
-    return {"past_key_values": BeamCache(DynamicCache(config=decoder), DynamicCache(config=decoder))}
+AttentionInterface.register(IMPLEMENTATION, decoding_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 @contextmanager
-def attention_of_decoding(model: Any) -> Iterator[None]:
-    """Decode with the fused kernel where training uses `eager`: only its backward is slow over short sentences."""
+def lean_decoding(model: Any, num_beams: int, choose_attention: bool = True) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Within it, `generate` is cheaper; gives a function that makes the arguments that each call of it is to have.
+
+    Args:
+        num_beams: that `generate` will get.
+        choose_attention: whether attention of the backends `eager` and `sdpa` may be `decoding_attention`.
+    """
+    config, processors = lean_generation(model.generation_config)
     before = model.config._attn_implementation
-    if before != "eager":
-        yield
-        return
-    model.set_attn_implementation("sdpa")
+    chosen = choose_attention and before in ("eager", "sdpa")
+    decoder = model.config.get_text_config(decoder=True)
+    # A config that wants no cache, or one of another kind, has its way.
+    cached = config.use_cache is not False and config.cache_implementation is None
+    beams = num_beams if chosen and _source_is_shared(model) else 1
+
+    def arguments() -> dict[str, Any]:
+        cache = {"past_key_values": BeamCache(decoder, beams)} if cached else {}
+        return {"generation_config": config, "logits_processor": processors, **cache}
+
+    if chosen:
+        model.set_attn_implementation(IMPLEMENTATION)
     try:
-        yield
+        yield arguments
     finally:
-        model.set_attn_implementation(before)
+        if chosen:
+            model.set_attn_implementation(before)
 
 
-def lean_generation(config: Any) -> Any:
-    """A copy of a generation config that forbids the same single tokens by a cheaper processor.
+def _source_is_shared(model: nn.Module) -> bool:
+    """Whether the attention over the source is stock everywhere: a patched one takes its keys for each beam."""
+    over_source = [module for name, module in model.named_modules() if name.endswith("encoder_attn")]
+    return bool(over_source) and not any(hasattr(module, "attnpatch") for module in over_source)
 
-    `bad_words_ids` adds a whole matrix of zeros and -inf to the scores of every step, `suppress_tokens` writes -inf.
+
+class ForbidTokens(LogitsProcessor):
+    """Gives some tokens the score -inf, in place: in one pass over nothing but them."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens = torch.tensor(tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.tokens = self.tokens.to(scores.device)
+        return scores.index_fill_(-1, self.tokens, float("-inf"))
+
+
+def lean_generation(config: Any) -> tuple[Any, LogitsProcessorList]:
+    """A copy of a generation config, and processors that do what was taken out of it.
+
+    `bad_words_ids` adds a whole matrix of zeros and -inf to the scores of every step. Of single tokens it is replaced.
     """
     config = copy.deepcopy(config)
     words = config.bad_words_ids
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    # `bad_words_ids` lets the end and forced tokens through, `suppress_tokens` would not.
+    # `bad_words_ids` lets the end and forced tokens through.
     allowed = {*ends, config.forced_bos_token_id, config.forced_eos_token_id}
-    if words and config.suppress_tokens is None and all(len(word) == 1 and word[0] not in allowed for word in words):
-        config.bad_words_ids, config.suppress_tokens = None, [word[0] for word in words]
-    return config
+    if words and all(len(word) == 1 and word[0] not in allowed for word in words):
+        config.bad_words_ids = None
+        return config, LogitsProcessorList([ForbidTokens([word[0] for word in words])])
+    return config, LogitsProcessorList()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers import Seq2SeqTrainer
 
 from attnpatch.experiments.translation.data import ParallelText
-from attnpatch.experiments.translation.decoding import attention_of_decoding, empty_cache, lean_generation
+from attnpatch.experiments.translation.decoding import lean_decoding
 from attnpatch.training.batching import IGNORE, length_batches
 from attnpatch.training.losses import perplexity, token_loss
 from attnpatch.training.run_trainer import RunTrainer
@@ -23,7 +22,7 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
         label_smoothing: epsilon of the uniform part of the target distribution.
         eval_max_tokens: padded positions in an evaluation batch.
         dev_scores: given the trainer, extra figures for an evaluation during training (BLEU of the dev set).
-        fused_decoding: whether a model that trains with the `eager` backend translates with `sdpa`.
+        fused_decoding: whether a model that trains with `eager` or `sdpa` may translate with faster attention.
         text: what the rows' column `row` counts in, for errors.
         The others are RunTrainer's.
 
@@ -44,7 +43,7 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.label_smoothing = label_smoothing
-        self.attention_of_decoding = attention_of_decoding if fused_decoding else nullcontext
+        self.fused_decoding = fused_decoding
         self.eval_max_tokens = eval_max_tokens
         self.dev_scores = dev_scores
         self.text = text
@@ -102,15 +101,15 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
         beams = int(generation.get("num_beams") or self.model.generation_config.num_beams or 1)
         rows: list[tuple[int, list[int]]] = []
         pad = self.model.config.pad_token_id
-        settings = lean_generation(self.model.generation_config)
-        with self.evaluating() as model, self.attention_of_decoding(model), torch.no_grad():
+        with (
+            self.evaluating() as model,
+            lean_decoding(model, beams, self.fused_decoding) as arguments,
+            torch.no_grad(),
+        ):
             sources = data.select_columns(["input_ids"])
             for indices, batch, counts in self._my_batches(sources, data["source_length"], max(max_tokens // beams, 1)):
                 with self.accelerator.autocast():
-                    cache = empty_cache(model, settings)
-                    ids = model.generate(
-                        **batch, generation_config=settings, **cache, **generation, synced_gpus=self.sharded
-                    )
+                    ids = model.generate(**batch, **arguments(), **generation, synced_gpus=self.sharded)
                 if not counts:
                     continue
                 for index, row in zip(indices, ids.tolist(), strict=True):
