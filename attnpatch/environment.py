@@ -116,6 +116,11 @@ def cpu_identity() -> str:
     return "\n".join((platform.machine(), _cpu_line("model name") or platform.processor(), _cpu_line("flags") or ""))
 
 
+def cpu_vendor() -> str | None:
+    """As the processor names it, "GenuineIntel" or "AuthenticAMD"; None where that is not known."""
+    return _cpu_line("vendor_id")
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 
 import numpy as np
 import oracles_qv as oracle
@@ -16,6 +17,7 @@ from torch.func import functional_call
 from attnpatch.errors import SpecError
 from attnpatch.kernels import alignment as al
 from attnpatch.kernels import alignment_networks as an
+from attnpatch.kernels import products
 
 D = 4
 METHODS = ["ct", "gan", "ot", "mmd"]
@@ -429,6 +431,48 @@ def test_networks_by_parts_equal_autograd(kind, adversary, frozen, monkeypatch):
         signs = [1] * (1 + count) + [-1 if adversary else 1] * (len(want) - 1 - count)
         for a, b, sign in zip(got, want, signs, strict=True):
             torch.testing.assert_close(a, sign * b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "part of wider rows", "one row for all", "gradient of a sum"])
+@pytest.mark.parametrize("kind", [an.Discriminator, an.Navigator, an.Critic])
+def test_networks_in_float32(seed, kind, layout, onednn, monkeypatch):
+    """By either library's products, whatever the memory looks like."""
+    if onednn:
+        op = getattr(getattr(torch.ops, "mkldnn", None), "_linear_pointwise", None)
+        if op is None or not torch.backends.mkldnn.is_available():
+            pytest.skip("this torch has no oneDNN")
+        monkeypatch.setattr(products, "_onednn", lambda: op)
+    else:
+        monkeypatch.setattr(products, "_onednn", lambda: None)
+    monkeypatch.setattr(an, "_TOKENS", random.choice([7, 60, 1000]))
+    dim, hidden = random.choice([(64, 64), (20, 40), (33, 17), (6, 50)])
+    net, exact = kind(dim, hidden), kind(dim, hidden).double()
+    exact.load_state_dict(net.state_dict())
+    x = torch.randn(3, 2, 37, 2 * dim)
+    x = {"part of wider rows": x[..., :dim], "one row for all": x[:1, :1, :1, :dim].expand(3, 2, 37, dim)}.get(
+        layout, x[..., :dim].contiguous()
+    )
+    x, twin = x.detach().requires_grad_(), x.double().detach().requires_grad_()
+    direction = torch.randn_like(net(x)) if layout != "gradient of a sum" else torch.ones(()).expand(net(x).shape)
+    leaves, twins = [x, *net.parameters()], [twin, *exact.parameters()]
+    found = torch.autograd.grad(an.apply_network(net, x), leaves, direction)
+    wanted = torch.autograd.grad(exact(twin), twins, direction.double())
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("then", ["none", "relu", "sigmoid", "leaky_relu"])
+@pytest.mark.parametrize("shape", [(1, 16, 16), (50, 64, 32), (9, 3, 1), (0, 16, 16), (5, 100, 17)])
+def test_products(seed, then, shape):
+    rows, inner, outer = shape
+    x, weight, bias = torch.randn(rows, inner), torch.randn(inner, outer).t(), torch.randn(outer)
+    functions = {"none": lambda z: z, "relu": F.relu, "sigmoid": torch.sigmoid, "leaky_relu": F.leaky_relu}
+    for given in (bias, None):
+        wanted = functions[then](F.linear(x.double(), weight.double(), None if given is None else given.double()))
+        torch.testing.assert_close(products.linear(x, weight, given, then).double(), wanted, rtol=1e-4, atol=1e-5)
+        exact = products.linear(x.double(), weight.double(), None if given is None else given.double(), then)
+        torch.testing.assert_close(exact, wanted)
 
 
 @pytest.mark.parametrize("adversary", [False, True])

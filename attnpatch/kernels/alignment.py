@@ -127,7 +127,7 @@ def _blocks(count: int, elements: int, device: torch.device) -> list[slice]:
     if device.type != "cpu" or torch.compiler.is_compiling():
         size = max(1, (1 << 27) // elements)
     else:
-        size = max(1, (1 << 18) // elements)
+        size = max(1, (1 << 17) // elements)
     return [slice(i, i + size) for i in range(0, count, size)]
 
 
@@ -192,47 +192,47 @@ def _transport_losses(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     batch, heads, total, dim = tokens.x.shape
     length, many = tokens.length, batch * heads
-    unit, inverse = _unit_and_inverse(features)
     a = _shares(tokens, queries=True).repeat_interleave(heads, 0).unsqueeze(-1) / 2  # [B H, T, 1]
     b = _shares(tokens, queries=False).repeat_interleave(heads, 0).unsqueeze(-2) / 2  # [B H, 1, S]
     off = None
     if tokens.q_valid is not None and tokens.k_valid is not None:
         # A sequence without a valid token is dropped later, and must not give NaN here: a finite number.
         off = ~(tokens.q_valid[:, :, None] & tokens.k_valid[:, None]).repeat_interleave(heads, 0)
-    moves, unit = moves.reshape(many, total, dim), unit.reshape(many, total, dim)
-    loss = torch.empty(many, dtype=unit.dtype, device=unit.device)
-    d_moves, d_unit = (torch.empty_like(unit), torch.empty_like(unit)) if needs_gradients else (None, None)
-    for part in _blocks(many, length * (total - length), unit.device):
+    moves, features = moves.reshape(many, total, dim), features.reshape(many, total, dim)
+    loss = features.new_empty(many)
+    d_moves, d_features = (torch.empty_like(x) if needs_gradients else None for x in (moves, features))
+    for part in _blocks(many, length * (total - length), features.device):
         q_move, k_move = moves[part, :length], moves[part, length:]
-        q_unit, k_unit = unit[part, :length], unit[part, length:]
+        unit, inverse = _unit_and_inverse(features[part])
+        q_unit, k_unit = unit[:, :length], unit[:, length:]
         scores = torch.bmm(q_move, k_move.mT)
         if off is not None:
+            # Then their shares of a softmax are 0, and those of whole rows and columns are in a and b.
             scores.masked_fill_(off[part], torch.finfo(scores.dtype).min)
         cosine = torch.bmm(q_unit, k_unit.mT)
         forward = torch.softmax(scores, -1).mul_(a[part])
         backward = torch.softmax(scores, -2).mul_(b[part])
-        if off is not None:
-            forward.masked_fill_(off[part], 0.0)
-            backward.masked_fill_(off[part], 0.0)
         plan = forward + backward
-        gain = plan * cosine
-        loss[part] = plan.sum((-1, -2)) - gain.sum((-1, -2))
-        if d_moves is None or d_unit is None:
+        forward_gain, backward_gain = forward * cosine, backward * cosine
+        row_gain, column_gain = forward_gain.sum(-1, keepdim=True), backward_gain.sum(-2, keepdim=True)
+        loss[part] = plan.sum((-1, -2)) - row_gain.sum((-1, -2)) - column_gain.sum((-1, -2))
+        if d_moves is None or d_features is None:
             continue
         # sum_j forward_ij cos_ij = a_i E_i[cos], and the softmax's gradient is forward (cos - E[cos]).
-        row_mean = _ratio(torch.einsum("nij,nij->ni", forward, cosine).unsqueeze(-1), a[part])
-        column_mean = _ratio(torch.einsum("nij,nij->nj", backward, cosine).unsqueeze(-2), b[part])
-        d_scores = forward.mul_(row_mean).addcmul_(backward, column_mean).sub_(gain)
-        d_moves[part, :length] = torch.bmm(d_scores, k_move)
-        d_moves[part, length:] = torch.bmm(d_scores.mT, q_move)
-        d_unit[part, :length] = torch.bmm(plan, k_unit)
-        d_unit[part, length:] = torch.bmm(plan.mT, q_unit)
+        row_mean, column_mean = _ratio(row_gain, a[part]), _ratio(column_gain, b[part])
+        d_scores = forward.mul_(row_mean).addcmul_(backward, column_mean).sub_(forward_gain).sub_(backward_gain)
+        torch.bmm(d_scores, k_move, out=d_moves[part, :length])
+        torch.bmm(d_scores.mT, q_move, out=d_moves[part, length:])
+        d_unit = torch.empty_like(unit)
+        torch.bmm(plan, k_unit, out=d_unit[:, :length])
+        torch.bmm(plan.mT, q_unit, out=d_unit[:, length:])
+        # Through x / |x|, with the sign of -cos: (e (e . g) - g) / |x|.
+        along = (unit * d_unit).sum(-1, keepdim=True)
+        torch.mul(unit.mul_(along).sub_(d_unit), inverse, out=d_features[part])
     shape = (batch, heads, total, dim)
-    if d_moves is None or d_unit is None:
+    if d_moves is None or d_features is None:
         return loss.view(batch, heads), ()
-    # Through x / |x|, with the sign of -cos: (e (e . g) - g) / |x|.
-    d_features = (unit * (unit * d_unit).sum(-1, keepdim=True)).sub_(d_unit).view(shape).mul_(inverse)
-    return loss.view(batch, heads), (d_moves.view(shape), d_features)
+    return loss.view(batch, heads), (d_moves.view(shape), d_features.view(shape))
 
 
 def _ratio(x: Tensor, y: Tensor) -> Tensor:

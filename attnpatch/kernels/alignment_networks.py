@@ -20,6 +20,7 @@ from torch.func import functional_call
 from ..errors import SpecError
 from . import dispatch
 from .gradient_reversal import gradient_reversal
+from .products import LEAKY_SLOPE, linear
 from .triton_here import USABLE
 
 if USABLE:
@@ -27,7 +28,6 @@ if USABLE:
 
 # Tokens of one pass: with two threads 1,024 and all at once were slower by some percent of a training step.
 _TOKENS = 4096
-_SLOPE = 0.01  # of F.leaky_relu
 
 
 class _Network(nn.Module):
@@ -191,7 +191,7 @@ class _Narrow(torch.autograd.Function):
         out = rows.new_empty(rows.shape[0], w_out.shape[0])
         for part in _parts(rows):
             *_, hidden = _hidden(rows[part], weights)
-            torch.addmm(b_out, hidden, w_out.t(), out=out[part])
+            out[part] = linear(hidden, w_out, b_out)
         return out.view(x.shape[:-1] if squeezed else (*x.shape[:-1], w_out.shape[0]))
 
     @staticmethod
@@ -214,7 +214,7 @@ def _by_autograd(
     if w_both is not None:
         gate, transformed = F.linear(x, w_both, b_both).chunk(2, -1)
         mixed = torch.lerp(x, F.relu(transformed), torch.sigmoid(gate))
-    out = F.linear(F.leaky_relu(F.linear(mixed, w_in, b_in), _SLOPE), w_out, b_out)
+    out = F.linear(F.leaky_relu(F.linear(mixed, w_in, b_in), LEAKY_SLOPE), w_out, b_out)
     inputs = [tensor for tensor, wanted in zip((x, *weights), needed, strict=True) if wanted]
     found = iter(torch.autograd.grad(out, inputs, grad.reshape(out.shape), create_graph=True))
     return [next(found) if wanted else None for wanted in needed]
@@ -229,33 +229,35 @@ def _by_parts(
     d_rows = torch.empty_like(rows) if needed[0] else None
     sums: list[Any] = [torch.zeros_like(w) if wanted else None for w, wanted in zip(weights, needed[1:], strict=True)]
 
-    def add(index: int, d_out: Tensor, inputs: Tensor) -> None:
-        """The gradients of weight `index` and its bias, of a linear layer's output gradient and inputs."""
+    def add(index: int, d_out: Tensor, inputs: Tensor, half: slice = slice(None)) -> None:
+        """The gradients of weight `index` and its bias, or of half of their rows, of a linear layer's output gradient
+        and inputs."""
         if sums[index] is not None:
-            sums[index].addmm_(d_out.t(), inputs, alpha=sign)
+            sums[index][half].addmm_(d_out.t(), inputs, alpha=sign)
         if sums[index + 1] is not None:
-            sums[index + 1].add_(d_out.sum(0), alpha=sign)
+            sums[index + 1][half].add_(d_out.sum(0), alpha=sign)
 
     aten = torch.ops.aten
     for part in _parts(rows):
         x_part, d_out = rows[part], grad[part]
-        both, mixed, hidden = _hidden(x_part, weights)
+        gate, transformed, mixed, hidden = _hidden(x_part, weights)
         add(4, d_out, hidden)
-        d_hidden = aten.leaky_relu_backward(d_out @ w_out, hidden, _SLOPE, True)
+        d_hidden = aten.leaky_relu_backward(linear(d_out, w_out.t()), hidden, LEAKY_SLOPE, True)
         add(2, d_hidden, mixed)
-        if both is None and d_rows is None:
+        if gate is None and d_rows is None:
             continue
-        d_mixed = d_hidden @ w_in
-        if both is not None:
-            gate, transformed = both.chunk(2, -1)
-            d_both = torch.empty_like(both)
-            d_gate, d_transformed = d_both.chunk(2, -1)
-            aten.sigmoid_backward((transformed - x_part).mul_(d_mixed), gate, grad_input=d_gate)
+        d_mixed = linear(d_hidden, w_in.t())
+        if gate is not None and transformed is not None:
+            d_gate = aten.sigmoid_backward((transformed - x_part).mul_(d_mixed), gate)
             through = d_mixed * gate
-            aten.threshold_backward(through, transformed, 0, grad_input=d_transformed)
-            add(0, d_both, x_part)
-            d_mixed = d_mixed.sub_(through).addmm_(d_both, w_both) if d_rows is not None else d_mixed
-        if d_rows is not None:
+            d_transformed = aten.threshold_backward(through, transformed, 0)
+            first, second = _halves(w_both)
+            add(0, d_gate, x_part, first)
+            add(0, d_transformed, x_part, second)
+            if d_rows is not None:
+                d_mixed.sub_(through).add_(linear(d_gate, w_both[first].t()))
+                torch.add(d_mixed, linear(d_transformed, w_both[second].t()), out=d_rows[part])
+        elif d_rows is not None:
             d_rows[part] = d_mixed
     return [None if d_rows is None else d_rows.view(x.shape), *sums]
 
@@ -264,15 +266,22 @@ def _parts(rows: Tensor) -> list[slice]:
     return [slice(i, i + _TOKENS) for i in range(0, rows.shape[0], _TOKENS)]
 
 
-def _hidden(x: Tensor, weights: Any) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The highway's gate and transformed input side by side, what it mixes, the hidden layer after its LeakyReLU."""
+def _halves(both: Tensor) -> tuple[slice, slice]:
+    """The gate's rows and the transform's."""
+    half = both.shape[0] // 2
+    return slice(None, half), slice(half, None)
+
+
+def _hidden(x: Tensor, weights: Any) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """The highway's gate and transformed input, what it mixes, the hidden layer after its LeakyReLU."""
     w_both, b_both, w_in, b_in = weights[:4]
-    both, mixed = None, x
+    gate, transformed, mixed = None, None, x
     if w_both is not None:
-        both = torch.addmm(b_both, x, w_both.t())
-        gate, transformed = both.chunk(2, -1)
-        mixed = torch.lerp(x, transformed.relu_(), gate.sigmoid_())
-    return both, mixed, F.leaky_relu_(torch.addmm(b_in, mixed, w_in.t()), _SLOPE)
+        first, second = _halves(w_both)
+        gate = linear(x, w_both[first], b_both[first], "sigmoid")
+        transformed = linear(x, w_both[second], b_both[second], "relu")
+        mixed = torch.lerp(x, transformed, gate)
+    return gate, transformed, mixed, linear(mixed, w_in, b_in, "leaky_relu")
 
 
 _NETWORKS = (Discriminator, Navigator, Critic)
