@@ -7,6 +7,7 @@ steps     a training step of neural, alignment and query_value models over stock
 layer     the query_value attention layer at T = 512 in bf16 over the stock one, forward and backward
 solver    the exact value-aware solver over scipy's non-negative least squares
 marian    Marian training and decoding over transformers' own loops
+idle      a stock model's step with attnpatch imported over one without
 
 Each stage writes its results before the next starts. One that fails is written down with its error, and one that the
 budget leaves no time for with that reason. A dry run takes the same way with tiny shapes on a CPU, the kernels in
@@ -344,6 +345,17 @@ def marian_training(gpu_run: GpuRun) -> None:
     gpu_run.results["marian"] = training.train_and_decode(once)
 
 
+def idle(gpu_run: GpuRun) -> None:
+    from attnpatch.bench.toolkit import bench_idle
+
+    settings = gpu_run.settings
+    # A pair takes as long as starting two processes does.
+    repeats = 1 if gpu_run.dry else 3
+    found = bench_idle(Settings(repeats, settings.threads, settings.device, None, settings.say), least=1)
+    gpu_run.results["idle"] = found
+    settings.say(f"a stock step with attnpatch imported: {found['ratio']['median']:.3f} times that without")
+
+
 KINDS = {
     "operator": {"score"},
     "roberta": {"score"},
@@ -360,5 +372,6 @@ STAGES: dict[str, tuple[Callable[[GpuRun], None], int]] = {
     "layer": (layer, 10),
     "solver": (solver, 10),
     "marian": (marian_training, 85),
+    "idle": (idle, 30),
 }
 """The stages, and the seconds below which one is not begun."""

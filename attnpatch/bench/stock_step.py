@@ -2,9 +2,11 @@
 which must not import attnpatch itself.
 
 Whole processes differ by some percent in the layout of their memory alone. So both sides are forks of one process that
-has imported torch and transformers; they live at once and take short turns on one core.
+has imported torch and transformers; they live at once and take short turns on one core. On a GPU, which takes the
+forks' kernels in turns, it is the time until a step's kernels are done that counts, and not the processor's.
 
-Usage: python -P stock_step.py PAIRS TURNS STEPS; prints {"ratio": [of each pair], "seconds": {side: [of each pair]}}.
+Usage: python -P stock_step.py PAIRS TURNS STEPS [DEVICE]
+prints {"ratio": [of each pair], "seconds": {side: [of each pair]}}.
 """
 
 from __future__ import annotations
@@ -21,8 +23,15 @@ import torch
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 
-def work(imported: bool, orders: IO[str], answers: IO[str]) -> NoReturn:
-    """For each line with a number of steps: the processor seconds of the fastest of them."""
+def work(imported: bool, device: str, orders: IO[str], answers: IO[str]) -> NoReturn:
+    """For each line with a number of steps: the seconds of the fastest of them, on a CPU of processor time."""
+
+    def now() -> float:
+        if device == "cpu":
+            return time.thread_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
     try:
         if imported:
             import attnpatch  # noqa: F401
@@ -35,17 +44,17 @@ def work(imported: bool, orders: IO[str], answers: IO[str]) -> NoReturn:
             intermediate_size=512,
             max_position_embeddings=50,
         )
-        model = RobertaForMaskedLM(config).train()
+        model = RobertaForMaskedLM(config).train().to(device)
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        ids = torch.randint(5, 500, (4, 32))
+        ids = torch.randint(5, 500, (4, 32), device=device)
         for line in orders:
             times = []
             for _ in range(int(line)):
-                start = time.thread_time()
+                start = now()
                 model(input_ids=ids, labels=ids).loss.backward()
                 optimiser.step()
                 optimiser.zero_grad()
-                times.append(time.thread_time() - start)
+                times.append(now() - start)
             print(min(times), file=answers, flush=True)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -56,13 +65,13 @@ def work(imported: bool, orders: IO[str], answers: IO[str]) -> NoReturn:
 class Side:
     """A fork at work."""
 
-    def __init__(self, imported: bool) -> None:
+    def __init__(self, imported: bool, device: str) -> None:
         (their_orders, orders), (answers, their_answers) = os.pipe(), os.pipe()
         self.id = os.fork()
         if self.id == 0:
             os.close(orders)
             os.close(answers)
-            work(imported, os.fdopen(their_orders), os.fdopen(their_answers, "w"))
+            work(imported, device, os.fdopen(their_orders), os.fdopen(their_answers, "w"))
         os.close(their_orders)
         os.close(their_answers)
         self.orders, self.answers = os.fdopen(orders, "w"), os.fdopen(answers)
@@ -80,11 +89,12 @@ class Side:
         os.waitpid(self.id, 0)
 
 
-def pair(first: bool, turns: int, steps: int) -> dict[str, list[float]]:
+def pair(first: bool, turns: int, steps: int, device: str) -> dict[str, list[float]]:
     """Seconds of each turn of two fresh forks; `first`: whether the one with attnpatch is forked first."""
     sides: dict[str, Callable[[int], float]] = {}
     # The second would otherwise hold the first one's pipe open; it is closed last.
-    made = [(name, Side(name == "with")) for name in (("with", "without") if first else ("without", "with"))]
+    names = ("with", "without") if first else ("without", "with")
+    made = [(name, Side(name == "with", device)) for name in names]
     sides.update(made)
     for side in sides.values():
         side(steps)
@@ -97,14 +107,14 @@ def pair(first: bool, turns: int, steps: int) -> dict[str, list[float]]:
     return seconds
 
 
-def main(pairs: int, turns: int, steps: int) -> None:
+def main(pairs: int, turns: int, steps: int, device: str = "cpu") -> None:
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     ratios: list[float] = []
     medians: dict[str, list[float]] = {"with": [], "without": []}
     for number in range(pairs):
-        seconds = pair(bool(number % 2), turns, steps)
+        seconds = pair(bool(number % 2), turns, steps, device)
         ratios.append(statistics.median(a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)))
         for name, values in medians.items():
             values.append(statistics.median(seconds[name]))
@@ -112,4 +122,5 @@ def main(pairs: int, turns: int, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]))
+    given = sys.argv[1:]
+    main(int(given[0]), int(given[1]), int(given[2]), *given[3:4])

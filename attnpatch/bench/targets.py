@@ -165,6 +165,8 @@ TARGETS = (
         "toolkit.idle",
         ("ratio",),
         cpu=(0.98, 1.02),
+        cuda=(0.98, 1.02),
+        gpu_run=("idle", "ratio"),
     ),
 )
 

@@ -21,7 +21,7 @@ from attnpatch.bench.steps import marian, roberta, specs, step
 from attnpatch.bench.timing import BenchmarkError, Settings, child, compare, peak_bytes, summary
 
 PAIRS, TURNS, STEPS = 8, 15, 4
-"""Of the stock step: pairs of processes, turns of each pair, steps in a turn of a process."""
+"""Of the stock step: pairs of processes on a CPU (at least), turns of each pair, steps in a turn of a process."""
 
 CONVERT = """
 import json, re, sys, time
@@ -65,15 +65,17 @@ print(json.dumps({{"seconds": time.perf_counter() - start}}))
     }
 
 
-def bench_idle(settings: Settings) -> dict[str, Any]:
+def bench_idle(settings: Settings, least: int | None = None) -> dict[str, Any]:
+    """`least`: pairs of processes, if they are to be fewer than PAIRS on a CPU and one on a GPU, or more."""
     # By its path: as a module of this package it would import attnpatch.
     script = Path(__file__).with_name("stock_step.py")
-    pairs = max(PAIRS, settings.repeats)
-    found = child(script, str(pairs), str(TURNS), str(STEPS))
+    on_cpu = settings.device == "cpu"
+    pairs = max(least or (PAIRS if on_cpu else 1), settings.repeats)
+    found = child(script, str(pairs), str(TURNS), str(STEPS), settings.device)
     return {
         "peer": "the same step of a stock RoBERTa in a process without attnpatch",
-        "how": f"two forks of one process in turns on one core; processor time, fastest of {STEPS} steps a turn, "
-        f"median of {TURNS} turns; n counts pairs of forks",
+        "how": f"two forks of one process in turns on one core; {'processor' if on_cpu else 'wall'} time, "
+        f"fastest of {STEPS} steps a turn, median of {TURNS} turns; n counts pairs of forks",
         "seconds": {name: summary(values) for name, values in found["seconds"].items()},
         "ratio": summary(found["ratio"]),
     }
@@ -154,5 +156,5 @@ def _shapes() -> dict[str, tuple[Any, int, int]]:
     }
 
 
-CPU_PARTS = ("import", "idle", "convert")
+CPU_PARTS = ("import", "convert")
 PARTS = {"import": bench_import, "idle": bench_idle, "convert": bench_convert, "step": bench_step}

@@ -221,14 +221,15 @@ def _transport_losses(
         # sum_j forward_ij cos_ij = a_i E_i[cos], and the softmax's gradient is forward (cos - E[cos]).
         row_mean, column_mean = _ratio(row_gain, a[part]), _ratio(column_gain, b[part])
         d_scores = forward.mul_(row_mean).addcmul_(backward, column_mean).sub_(forward_gain).sub_(backward_gain)
-        torch.bmm(d_scores, k_move, out=d_moves[part, :length])
-        torch.bmm(d_scores.mT, q_move, out=d_moves[part, length:])
-        d_unit = torch.empty_like(unit)
-        torch.bmm(plan, k_unit, out=d_unit[:, :length])
-        torch.bmm(plan.mT, q_unit, out=d_unit[:, length:])
-        # Through x / |x|, with the sign of -cos: (e (e . g) - g) / |x|.
-        along = (unit * d_unit).sum(-1, keepdim=True)
-        torch.mul(unit.mul_(along).sub_(d_unit), inverse, out=d_features[part])
+        d_moves[part, :length] = torch.bmm(d_scores, k_move)
+        d_moves[part, length:] = torch.bmm(d_scores.mT, q_move)
+        for place, e, g in (
+            (slice(None, length), q_unit, torch.bmm(plan, k_unit)),
+            (slice(length, None), k_unit, torch.bmm(plan.mT, q_unit)),
+        ):
+            # Through x / |x|, with the sign of -cos: (e (e . g) - g) / |x|.
+            along = (e * g).sum(-1, keepdim=True)
+            torch.mul((e * along).sub_(g), inverse[:, place], out=d_features[part, place])
     shape = (batch, heads, total, dim)
     if d_moves is None or d_features is None:
         return loss.view(batch, heads), ()

@@ -191,7 +191,7 @@ class _Narrow(torch.autograd.Function):
         out = rows.new_empty(rows.shape[0], w_out.shape[0])
         for part in _parts(rows):
             *_, hidden = _hidden(rows[part], weights)
-            out[part] = linear(hidden, w_out, b_out)
+            torch.addmm(b_out, hidden, w_out.t(), out=out[part])
         return out.view(x.shape[:-1] if squeezed else (*x.shape[:-1], w_out.shape[0]))
 
     @staticmethod
@@ -244,21 +244,20 @@ def _by_parts(
         add(4, d_out, hidden)
         d_hidden = aten.leaky_relu_backward(linear(d_out, w_out.t()), hidden, LEAKY_SLOPE, True)
         add(2, d_hidden, mixed)
-        if gate is None and d_rows is None:
+        if gate is None or transformed is None:
+            if d_rows is not None:
+                torch.mm(d_hidden, w_in, out=d_rows[part])
             continue
         d_mixed = linear(d_hidden, w_in.t())
-        if gate is not None and transformed is not None:
-            d_gate = aten.sigmoid_backward((transformed - x_part).mul_(d_mixed), gate)
-            through = d_mixed * gate
-            d_transformed = aten.threshold_backward(through, transformed, 0)
-            first, second = _halves(w_both)
-            add(0, d_gate, x_part, first)
-            add(0, d_transformed, x_part, second)
-            if d_rows is not None:
-                d_mixed.sub_(through).add_(linear(d_gate, w_both[first].t()))
-                torch.add(d_mixed, linear(d_transformed, w_both[second].t()), out=d_rows[part])
-        elif d_rows is not None:
-            d_rows[part] = d_mixed
+        d_gate = aten.sigmoid_backward((transformed - x_part).mul_(d_mixed), gate)
+        through = d_mixed * gate
+        d_transformed = aten.threshold_backward(through, transformed, 0)
+        first, second = _halves(w_both)
+        add(0, d_gate, x_part, first)
+        add(0, d_transformed, x_part, second)
+        if d_rows is not None:
+            d_mixed.sub_(through).add_(linear(d_gate, w_both[first].t()))
+            torch.add(d_mixed, linear(d_transformed, w_both[second].t()), out=d_rows[part])
     return [None if d_rows is None else d_rows.view(x.shape), *sums]
 
 
