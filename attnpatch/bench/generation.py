@@ -1,16 +1,20 @@
 """What generating costs: each variant's Marian over the stock one, with the cache, greedy and with 5 beams.
 
+queries attention of single queries, those of a step, in C over F.scaled_dot_product_attention; keys lie in memory as
+        the cache of translation has them
 marian  both sides generate the same number of tokens (min_length = max_length) of a batch with padding, the models
         with random weights: time, tokens a second, peak memory. Variants that only add a training loss are left out
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from attnpatch.bench.steps import marian, patched_or_stock, specs
-from attnpatch.bench.timing import BenchmarkError, Settings, compare, peak_bytes
+from attnpatch.bench.timing import BenchmarkError, Settings, check_close, compare, peak_bytes
 from attnpatch.registry import get_variant
 
 SOURCES, LENGTH, NEW_TOKENS = 8, 24, 16
@@ -82,4 +86,50 @@ def generate(settings: Settings) -> dict[str, Any]:
     return results
 
 
-PARTS = {"marian": generate}
+ROWS, HEADS, HEAD_DIM = 240, 4, 64
+"""Of single queries: beams of a batch, as the training script translates a test set."""
+
+
+def queries(settings: Settings) -> dict[str, Any]:
+    """Raises BenchmarkError: a result is wrong, or there is no compiled code."""
+    import torch
+    import torch.nn.functional as F
+
+    from attnpatch.kernels import decode
+    from attnpatch.kernels.score import plain_attention
+
+    results: dict[str, Any] = {"peer": "F.scaled_dot_product_attention, softmax, of the same dtype"}
+    torch.manual_seed(0)
+    for dtype, keys, kernel in itertools.product(
+        (torch.float32, torch.bfloat16), (16, 48, 256), ("softmax", "expressive")
+    ):
+        query = torch.randn(ROWS, HEADS, 1, HEAD_DIM).to(dtype)
+        key, value = (torch.randn(keys, ROWS, HEADS, HEAD_DIM).to(dtype).permute(1, 2, 0, 3) for _ in range(2))
+        mask = torch.ones(ROWS, 1, 1, keys, dtype=torch.bool)
+        mask[::2, ..., -keys // 4 :] = False
+        if reason := decode.why_not(query, key, value, mask):
+            raise BenchmarkError(f"attention of single queries is not compiled: {reason}")
+        label = f"{kernel} {str(dtype).removeprefix('torch.')}, {keys} keys"
+        ours = partial(decode.decode_attention, query, key, value, mask, HEAD_DIM**-0.5, kernel)
+        peer = partial(F.scaled_dot_product_attention, query, key, value, mask)
+        wanted = plain_attention(
+            query.double(), key.double(), value.double(), mask, 0.0, False, HEAD_DIM**-0.5, kernel=kernel
+        )
+        check_close(label, ours(), wanted, 1e-5 if dtype == torch.float32 else 1e-2)
+        results[label] = compare(_often(ours), _often(peer), settings.repeats)
+        settings.say(f"{label}: {results[label]['ratio']['median']:.2f} times SDPA")
+    return results
+
+
+def _often(function: Callable[[], Any], times: int = 20) -> Callable[[], None]:
+    """A call is over in parts of a millisecond."""
+
+    def calls() -> None:
+        for _ in range(times):
+            function()
+
+    return calls
+
+
+CPU_PARTS = ("queries",)
+PARTS = {"queries": queries, "marian": generate}
