@@ -1,9 +1,9 @@
 """What a GPU run is for, in order of importance and within a budget: the kernels checked, then timed.
 
-check     the Triton kernels of attention, query_value and alignment against float64, outputs and gradients
+check     the Triton kernels of attention, selection, query_value and alignment against float64, outputs and gradients
 operator  expressive attention, D = 64, over F.scaled_dot_product_attention and its best backend; plain, FlexAttention
 roberta   a RoBERTa-base training step at T = 512 in bf16, expressive over stock: time and memory
-steps     a training step of neural, alignment and query_value models over stock
+steps     a training step of neural, alignment, query_value, top_r and value_aware models over stock
 layer     the query_value attention layer at T = 512 in bf16 over the stock one, forward and backward
 solver    the exact value-aware solver over scipy's non-negative least squares
 marian    Marian training and decoding over transformers' own loops
@@ -275,6 +275,7 @@ def roberta_base(gpu_run: GpuRun) -> None:
 
 
 def steps(gpu_run: GpuRun) -> None:
+    from attnpatch.bench import steps as bench_steps
     from attnpatch.bench.steps import marian, roberta
 
     layers, hidden, batch, tokens = (1, 64, 2, 16) if gpu_run.dry else (12, 768, 256, 128)
@@ -288,6 +289,8 @@ def steps(gpu_run: GpuRun) -> None:
     specs |= {f"alignment {m}": alignment[m] for m in ("gan", "ct")} | {"query_value": "query_value"}
     specs["query gate"] = {"variant": "query_value", "options": {"query_value": {"gate": "query"}}}
     specs |= {"expressive": "expressive"} | {f"alignment {m}": alignment[m] for m in ("ot", "mmd")}
+    selections = {word: spec for word, spec in bench_steps.specs().items() if word.startswith(("top_r", "value_aware"))}
+    specs |= selections
     for word, spec in itertools.islice(specs.items(), 2 if gpu_run.dry else None):
         for model, architecture, rows, length in (
             ("RoBERTa", roberta(layers, hidden), batch, tokens),
@@ -296,7 +299,7 @@ def steps(gpu_run: GpuRun) -> None:
             if gpu_run.left() < 15 + reserved and not gpu_run.dry:
                 gpu_run.results.setdefault("steps", {})["left_out"] = f"from {word}, {model} on: the budget was spent"
                 return
-            if not (gpu_run.dry and model == "Marian"):
+            if model != "Marian" or not (gpu_run.dry or word in selections):
                 _step(gpu_run, "steps", word, model, architecture, spec, rows, length)
 
 
@@ -347,7 +350,7 @@ def marian_training(gpu_run: GpuRun) -> None:
 KINDS = {
     "operator": {"score"},
     "roberta": {"score"},
-    "steps": {"score", "query_value", "alignment"},
+    "steps": {"score", "query_value", "alignment", "select"},
     "layer": {"query_value"},
 }
 """The kernels, as `attnpatch.bench.gpu_checks` names them, that a stage times."""

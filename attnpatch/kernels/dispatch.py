@@ -12,8 +12,8 @@ The choice is automatic. `ATTNPATCH_KERNEL` in the environment, `use_implementat
 The pairwise sum of query_value and the alignment losses gan and ct are fused in Triton where `triton` or the automatic
 choice is asked for and it can serve (on a CPU, in Triton's interpreter, `triton` alone), and torch's elsewhere.
 
-The selections top_r and value_aware (norm, centered) are fused in the same cases; elsewhere on a CPU `auto` and `blocked`
-select block by block, and the rest is plain.
+The selections top_r and value_aware (norm, centered) are fused in the same cases; elsewhere `auto` and `blocked` select
+block by block on a CPU, and the rest is plain.
 
 The sum of the pairwise query_value form is fused in Triton on CUDA and a sum over blocks of torch operations elsewhere;
 `use_implementation("triton")` takes Triton's interpreter for it on a CPU, where that is on.

@@ -1,15 +1,16 @@
-"""Attention over r selected keys fused in Triton, for CUDA: no T x S matrix, neither in memory nor for the backward pass.
+"""Attention over r selected keys fused in Triton, for CUDA: no T x S matrix, in memory or for the backward pass.
 
 Shapes: query [B, H, T, D], key [B, H, S, D], value [B, H, S, Dv], mask None, bool or float, broadcastable to
 [B, H, T, S]; D and Dv up to 128, padded to powers of two in registers.
 
-`attnpatch.kernels.select_triton_device` computes; here block sizes are chosen and the kernels become operators. Kept for
-the backward pass are the indices of the chosen keys and their weights, [B, H, r, T]: the queries last, so that the
+`attnpatch.kernels.select_triton_device` computes; here block sizes are chosen and the kernels become operators. Kept
+for the backward pass are the indices of the chosen keys and their weights, [B, H, r, T]: the queries last, so that the
 program of some keys reads them in a row. The formulas are those of `attnpatch.kernels.select_blocked`.
 
-Scores are formed up to three times (what a row is scaled by, the mean of what it sees, the choice), since a product on
-tensor cores costs less than the sort that the choice is. Two keys whose scores differ by less than the rounding of the
-products may change places with the plain form's.
+Scores are formed up to four times (what a row is scaled by, whether it is uniform, the mean of what it sees, the
+choice), since a product on tensor cores costs less than the sort that the choice is. The choice may be another than the
+plain form's where two keys are apart by less than the rounding of float32; softmax by weight is ranked by its scores,
+which tell apart more than its weights do.
 
 The kernels have been run in Triton's interpreter and compiled for compute capability 9.0, and not yet run on a GPU.
 """
@@ -36,8 +37,9 @@ _KERNELS |= {"elu": device.ELU}
 _CRITERIA = {"weight": device.WEIGHT, "norm": device.NORM, "centered": device.CENTERED}
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Output [B, H, T, Dv]; weights and indices (int32, -1 for none) of the chosen keys [B, H, r, T]; which rows are uniform,
-int8 [B, H, T], for kernels other than softmax. All but the output are empty unless a gradient will be wanted."""
+"""Output [B, H, T, Dv]; weights and indices (int32, -1 for none) of the chosen keys [B, H, r, T]; which rows are
+uniform, int8 [B, H, T], for kernels other than softmax. All but the output are empty unless a gradient will be wanted.
+"""
 
 
 def why_not(query: Tensor, value: Tensor, r: int) -> str | None:
@@ -58,27 +60,46 @@ def _power_of_two(n: int, least: int) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
-def select_blocks(r: int, block_d: int) -> dict[str, int]:
-    """Queries and keys at a time of `_select` and `_statistics`, and warps: what a sort and a tile leave room for."""
-    block_r = _power_of_two(r, 2)
+# Block sizes, chosen so that (almost) nothing spills when compiled for compute capability 9.0; not yet timed.
+_SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+
+
+def select_blocks(r: int, block_d: int, centered: bool, single: bool) -> dict[str, int]:
+    """Queries and keys at a time of `_select`, whose tiles are sorted, and warps; `single`: float32."""
+    keys = max(64, _power_of_two(r, 2))
     if INTERPRETED:
-        return {"BLOCK_M": 16, "BLOCK_N": max(32, block_r), "num_warps": 4, "num_stages": 1}
-    keys = max(64, block_r)
-    return {"BLOCK_M": 32 if keys == 64 else 16, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
+        return _SMALL | {"BLOCK_N": max(32, _power_of_two(r, 2))}
+    large = keys > 64 or block_d > 64
+    return {
+        "BLOCK_M": 16 if large or (single and not centered) else 32,
+        "BLOCK_N": keys,
+        "num_warps": 8 if large or centered else 4,
+        "num_stages": 1 if large else 2,
+    }
+
+
+def statistics_blocks(block_d: int, single: bool) -> dict[str, int]:
+    """Queries and keys at a time of `_statistics`, and warps."""
+    if INTERPRETED:
+        return _SMALL
+    if single and block_d > 64:
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": 32, "BLOCK_N": 32 if single or block_d > 64 else 64, "num_warps": 4, "num_stages": 2}
 
 
 def list_blocks(r: int, block_d: int) -> dict[str, int]:
     """Queries at a time of `_attend` and `_row_gradients`, whose tiles are [queries, r, D], and warps."""
     area = _power_of_two(r, 2) * block_d
-    rows = min(16, max(1, 4096 // area))
-    return {"BLOCK_M": rows, "num_warps": 4 if rows * area <= 8192 else 8, "num_stages": 1}
+    return {
+        "BLOCK_M": min(16, max(1, 4096 // area)),
+        "num_warps": 4 if area <= 8192 else 8,
+        "num_stages": 1,
+    }
 
 
-def key_blocks(block_d: int) -> dict[str, int]:
+def key_blocks() -> dict[str, int]:
     """Queries and keys at a time of `_key_gradients`, and warps."""
-    if INTERPRETED:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4 if block_d <= 64 else 8, "num_stages": 1}
+    return _SMALL if INTERPRETED else {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
 
 
 class _Call:
@@ -134,7 +155,7 @@ def _statistics(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> tuple
         peak = query.new_empty(rows, dtype=torch.float32)
     if rule.criterion == "centered":
         mean = query.new_empty(*rows, value.shape[-1], dtype=torch.float32)
-    blocks = select_blocks(rule.r, call.block_d)
+    blocks = statistics_blocks(call.block_d, query.dtype == torch.float32)
     device._statistics[call.grid(call.n_queries, blocks["BLOCK_M"])](
         query, key, value, call.mask, norm, scale, peak, uniform, mean,
         *query.stride(), *key.stride(), *value.stride(), *call.mask_strides, *call.lengths, rule.scale,
@@ -171,7 +192,7 @@ def selected_forward(
         found = _statistics(call, query, key, value)
         chosen = index if training else query.new_empty(*query.shape[:2], rule.r, query.shape[2], dtype=torch.int32)
         inputs = (*query.stride(), *key.stride(), *value.stride(), *call.mask_strides)
-        blocks = select_blocks(rule.r, call.block_d)
+        blocks = select_blocks(rule.r, call.block_d, rule.criterion == "centered", query.dtype == torch.float32)
         device._select[call.grid(call.n_queries, blocks["BLOCK_M"])](
             query, key, value, call.mask, *found, chosen, *inputs, *call.lengths, rule.scale,
             **call.kernel, CRITERION=_CRITERIA[rule.criterion].value, CAUSAL=rule.is_causal, **call.masks,
@@ -216,7 +237,7 @@ def selected_backward(
             *call.lengths, rule.scale, rule.dropout_factor,
             **call.kernel, **call.dropout, **call.sizes, **call.lists, **blocks,
         )  # fmt: skip
-        blocks = key_blocks(call.block_d)
+        blocks = key_blocks()
         device._key_gradients[call.grid(call.n_keys, blocks["BLOCK_N"])](
             query, grad, index, _bytes(kept, query), weights, dz, dk, dv,
             *query.stride(), *grad.stride(), *dk.stride(), *dv.stride(), *call.lengths, rule.dropout_factor,
@@ -240,7 +261,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @differentiable_once("attention over selected keys, fused in Triton,")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*selected_backward(grad, *ctx.saved_tensors, ctx.rule), *[None] * 10)
+        query, key, value, kept, weights, index, uniform = ctx.saved_tensors
+        gradients = selected_backward(grad, query, key, value, kept, weights, index, uniform, ctx.rule)
+        return (*gradients, *[None] * 10)
 
 
 def selected_attention(*arguments: Any) -> Tensor:

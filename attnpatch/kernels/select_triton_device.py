@@ -6,11 +6,11 @@
     _row_gradients   the gradient of the kept scores, and that of the queries
     _key_gradients   those of keys and values, by the programs that own keys: no atomics, the same bits in every run
 
-A weight stands here without the row's sum, which renormalising cancels. Keys are ranked by one integer of 64 bits: above,
-32 that grow with the score they are ranked by; below, 32 that fall with the index, so that the lower of equal ones wins.
-Scores are not negative, which leaves the negative integers to those of score 0 (a value at the mean, or of length 0), by
-weight. A row keeps its best R so far, in ascending order; the best R of the next keys come in descending order, and the
-larger of each pair are the best R of both.
+A weight stands here without the row's sum, which renormalising cancels. Keys are ranked by one integer of 64 bits:
+above, 32 that grow with the score they are ranked by; below, 32 that fall with the index, so that the lower of equal
+ones wins. Such scores are not negative, which leaves the negative integers to those that are 0 (of a value at the mean,
+or of length 0), by weight. A row keeps its best R so far, in ascending order; the best R of the next keys come in
+descending order, and the larger of each pair are the best R of both.
 
 Of a row's result only what the row sees is part: hidden scores are excluded before anything is compared or added, and
 values that are not finite take no part in a mean (where a row sees one it ranks first, so that it shows).
@@ -80,7 +80,7 @@ def _row_scale(z, bias, seen, KERNEL: tl.constexpr, MASK: tl.constexpr):
     peak = lowest
     if KERNEL == SOFTMAX and MASK == BIAS:
         z = z + bias
-    if KERNEL == EXPRESSIVE or KERNEL == POLYNOMIAL:
+    if KERNEL != SOFTMAX and KERNEL != ELU:
         z = tl.abs(z)
     m = tl.max(tl.where(seen, z, lowest), 1)
     if KERNEL != SOFTMAX and MASK == BIAS:
@@ -90,7 +90,7 @@ def _row_scale(z, bias, seen, KERNEL: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def _bounded(m, KERNEL: tl.constexpr):
-    if KERNEL == EXPRESSIVE or KERNEL == POLYNOMIAL:
+    if KERNEL != SOFTMAX and KERNEL != ELU:
         m = tl.maximum(m, SMALLEST, propagate_nan=tl.PropagateNan.ALL)
     if KERNEL == EXPRESSIVE:
         m = tl.minimum(m, 1.0, propagate_nan=tl.PropagateNan.ALL)
@@ -239,6 +239,22 @@ def _statistics(
 
 
 @triton.jit
+def _exact_products(x, v, PRECISION: tl.constexpr):
+    """x v^T of x in float32, of which nothing is lost to tensor cores: as three bfloat16 where v is."""
+    if v.dtype == tl.bfloat16:
+        high = x.to(tl.bfloat16)
+        rest = x - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        products = _dot(low, tl.trans(v), PRECISION)
+        products += _dot(middle, tl.trans(v), PRECISION)
+        products += _dot(high, tl.trans(v), PRECISION)
+    else:
+        products = _dot(x, tl.trans(v.to(tl.float32)), PRECISION)
+    return products
+
+
+@triton.jit
 def _distances(
     mean, mean_squares, norm, counted, Value, Mean, first, rows, cols, stride_vs, stride_vd, n_queries, n_keys,
     VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -251,7 +267,7 @@ def _distances(
     v = _tile(Value, first, n_keys, stride_vs, stride_vd, VALUE_DIM, BLOCK_V, BLOCK_N)
     finite = (norm < float("inf"))[None, :]
     squares = (norm * norm)[None, :] + mean_squares[:, None]
-    distance = squares - 2.0 * _dot(mean, tl.trans(v.to(tl.float32)), PRECISION)
+    distance = squares - 2.0 * _exact_products(mean, v, PRECISION)
     lost = counted & finite & ~(distance >= squares * CANCELS)
     if tl.max(tl.max(lost.to(tl.int32), 1), 0) > 0:
         distance = tl.full(squares.shape, 0.0, tl.float32)
