@@ -164,7 +164,7 @@ def value_aware_attention(
 def _fused_form(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, r: int
 ) -> str | None:
-    """ "blocked" (on a CPU) or "triton" if it computes the call: it can, and has not been asked not to; or None."""
+    """The fused form that computes a call, "blocked" (on a CPU) or "triton", or None: it cannot, or is not asked to."""
     tensors = (query, key, value)
     if not query.is_floating_point() or any(x.dtype != query.dtype or not 2 <= x.dim() <= 4 for x in tensors):
         return None

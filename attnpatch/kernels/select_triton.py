@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from attnpatch.kernels import select_triton_device as device
@@ -46,6 +47,8 @@ def why_not(query: Tensor, value: Tensor, r: int) -> str | None:
     """Why Triton cannot select r keys for these tensors, or None if it can."""
     if reason := why_not_on(query, "query"):
         return reason
+    if not hasattr(tl, "topk"):
+        return f"Triton {triton.__version__} has no topk: a newer one is needed"
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, and query is {query.dtype}"
     for what, x in (("query", query), ("value", value)):

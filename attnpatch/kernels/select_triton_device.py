@@ -262,7 +262,7 @@ def _distances(
     """||v_j - mu_i|| of a block; NaN for values that are not finite.
 
     By a product, which loses what the squares share; where that is too much (a common offset of the values), from the
-    differences, feature by feature.
+    differences, feature by feature. Element by element, so that a row does not depend on what others see.
     """
     v = _tile(Value, first, n_keys, stride_vs, stride_vd, VALUE_DIM, BLOCK_V, BLOCK_N)
     finite = (norm < float("inf"))[None, :]
@@ -270,14 +270,15 @@ def _distances(
     distance = squares - 2.0 * _exact_products(mean, v, PRECISION)
     lost = counted & finite & ~(distance >= squares * CANCELS)
     if tl.max(tl.max(lost.to(tl.int32), 1), 0) > 0:
-        distance = tl.full(squares.shape, 0.0, tl.float32)
+        exact = tl.full(squares.shape, 0.0, tl.float32)
         means = Mean + rows.to(tl.int64) * VALUE_DIM
         values = Value + cols.to(tl.int64) * stride_vs
         for feature in range(0, VALUE_DIM):
             mu = tl.load(means + feature, mask=rows < n_queries, other=0.0)
             x = tl.load(values + feature * stride_vd, mask=cols < n_keys, other=0.0).to(tl.float32)
             difference = x[None, :] - mu[:, None]
-            distance += difference * difference
+            exact += difference * difference
+        distance = tl.where(lost, exact, distance)
     return tl.where(finite, tl.sqrt(tl.maximum(distance, 0.0)), float("nan"))
 
 
