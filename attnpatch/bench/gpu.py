@@ -1,12 +1,13 @@
 """What a GPU run is for, in order of importance and within a budget: the kernels checked, then timed.
 
-check     the Triton kernels of attention, query_value and alignment against float64, outputs and gradients
+check     the Triton kernels of attention, selection, query_value and alignment against float64, outputs and gradients
 operator  expressive attention, D = 64, over F.scaled_dot_product_attention and its best backend; plain, FlexAttention
 roberta   a RoBERTa-base training step at T = 512 in bf16, expressive over stock: time and memory
 steps     a training step of neural, alignment and query_value models over stock
 layer     the query_value attention layer at T = 512 in bf16 over the stock one, forward and backward
 solver    the exact value-aware solver over scipy's non-negative least squares
 marian    Marian training and decoding over transformers' own loops
+selection a training step of top_r and value_aware models over stock, fused and plain
 idle      a stock model's step with attnpatch imported over one without
 
 Each stage writes its results before the next starts. One that fails is written down with its error, and one that the
@@ -301,6 +302,24 @@ def steps(gpu_run: GpuRun) -> None:
                 _step(gpu_run, "steps", word, model, architecture, spec, rows, length)
 
 
+def selection(gpu_run: GpuRun) -> None:
+    """Each selector by either form, which tells whether the fused one deserves to be what is taken."""
+    from attnpatch.bench.steps import roberta, specs
+    from attnpatch.kernels import dispatch
+
+    layers, hidden, batch, tokens = (1, 64, 2, 40) if gpu_run.dry else (12, 768, 64, 512)
+    for word, spec in specs().items():
+        for form in ("triton", "plain") if word.startswith(("top_r", "value_aware")) else ():
+            if gpu_run.left() < 15 and not gpu_run.dry:
+                gpu_run.results.setdefault("selection", {})["left_out"] = (
+                    f"from {word}, {form} on: the budget was spent"
+                )
+                return
+            with dispatch.use_implementation(form):
+                model = roberta(layers, hidden)
+                _step(gpu_run, "selection", f"{word}, {form}", "RoBERTa", model, spec, batch, tokens)
+
+
 def layer(gpu_run: GpuRun) -> None:
     import torch
 
@@ -361,6 +380,7 @@ KINDS = {
     "roberta": {"score"},
     "steps": {"score", "query_value", "alignment"},
     "layer": {"query_value"},
+    "selection": {"select"},
 }
 """The kernels, as `attnpatch.bench.gpu_checks` names them, that a stage times."""
 
@@ -372,6 +392,7 @@ STAGES: dict[str, tuple[Callable[[GpuRun], None], int]] = {
     "layer": (layer, 10),
     "solver": (solver, 10),
     "marian": (marian_training, 85),
+    "selection": (selection, 20),
     "idle": (idle, 30),
 }
 """The stages, and the seconds below which one is not begun."""

@@ -1,6 +1,7 @@
 """The Triton kernels against float64 on a GPU, and the compilation of what is timed later.
 
 score        non-softmax attention: output, dq, dk, dv
+select       top_r and value_aware attention: the chosen keys, and output, dq, dk, dv given these
 query_value  the pairwise sum: output and the gradients of all inputs and parameters
 alignment    the losses gan and ct: loss and the gradients of queries, keys and networks
 
@@ -165,6 +166,120 @@ def check_case(case: tuple[str, int, int, str, str], device: str, dry: bool) -> 
     return relative_errors(("output", "dq", "dk", "dv"), found, expected)
 
 
+# --- attention over selected keys --------------------------------------------------------------------------------
+
+SELECT_CASES = ("none", "causal", "padding", "rows", "bias", "dropout")
+
+
+def select_cases(dry: bool) -> list[tuple[str, str, int, int, int, str, str]]:
+    """(criterion, kernel, degree, r, D, dtype, case)."""
+    criteria = ("weight", "norm", "centered")
+    if dry:
+        return [("centered", "softmax", 2, 3, 16, SINGLE, "dropout"), ("norm", "elu", 2, 3, 16, SINGLE, "bias")]
+    usual = ("softmax", 2, 16, 64)
+    found = [(criterion, *usual, "bfloat16", case) for criterion in criteria for case in SELECT_CASES]
+    found += [(criterion, *usual, SINGLE, case) for criterion in criteria for case in ("none", "causal", "rows")]
+    found += [(criterion, *usual, "float16", "rows") for criterion in criteria]
+    found += [("centered", *usual, dtype, "offset") for dtype in ("bfloat16", SINGLE)]
+    for dtype in ("bfloat16", SINGLE):
+        for kernel in (("expressive", 2), ("polynomial", 4), ("elu", 2)):
+            found.append(("centered", *kernel, 16, 64, dtype, "bias"))
+        for r, dim in ((1, 32), (64, 80), (128, 128)):
+            found.append(("centered", "softmax", 2, r, dim, dtype, "rows"))
+    return found
+
+
+def check_select(case: tuple[str, str, int, int, int, str, str], device: str, dry: bool) -> dict[str, float]:
+    """Relative errors of output, dq, dk and dv given the keys that were chosen.
+
+    Raises:
+        BenchmarkError: others score more than these by more than rounding, or they are too few.
+    """
+    import torch
+
+    from attnpatch.kernels import dispatch, score, select
+
+    criterion, kernel, degree, r, dim, name, kind = case
+    dtype = getattr(torch, name)
+    torch.manual_seed(zlib.crc32(repr(case).encode()))
+    n_queries, n_keys = ((20, 20) if dry else (333, 333)) if kind == "causal" else ((20, 35) if dry else (333, 517))
+    heads = 1 if dry else 3
+    q, k, v, g = (torch.randn(2, heads, n, dim, device=device) for n in (n_queries, n_keys, n_keys, n_queries))
+    scale = dim**-0.5
+    if kernel != "softmax":
+        # As in `check_case`.
+        scale, sign = 1.0 / dim, torch.randn(n_keys, 1, device=device).sign()
+        q, k = q.abs() + 0.5, (k.abs() + 0.5) * sign
+    v = v + (16.0 if kind == "offset" else 1.0)
+    q, k, v, g = (x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, g))
+    mask: Any = None
+    p = 0.3 if kind == "dropout" else 0.0
+    if kind == "padding":
+        lengths = torch.tensor([n_keys // 3, n_keys - 7], device=device)
+        mask = (torch.arange(n_keys, device=device) < lengths[:, None])[:, None, None]
+    if kind in ("rows", "bias"):
+        mask = torch.rand(2, heads, n_queries, n_keys, device=device) < 0.5
+        mask[0, :, 0] = False
+    if kind == "bias":
+        mask = torch.randn(mask.shape, device=device).masked_fill(~mask, -torch.inf)
+    arguments: dict[str, Any] = {"is_causal": kind == "causal", "scale": scale, "kernel": kernel, "degree": degree}
+
+    def attend(query: Any, key: Any, value: Any) -> torch.Tensor:
+        torch.manual_seed(5)
+        if criterion == "weight":
+            return select.top_r_attention(query, key, value, mask, p, r=r, **arguments)
+        return select.value_aware_attention(query, key, value, mask, p, r=r, selector=criterion, **arguments)
+
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    with dispatch.use_implementation("triton"):
+        if reason := dispatch.why_not_fused_selection(q, v, r):
+            raise BenchmarkError(f"the fused selection does not serve this: {reason}")
+        output = attend(*leaves)
+        found = (output, *torch.autograd.grad(output, leaves, g))
+    rule = dispatch.select_triton.Rule(kernel, degree, scale, kind == "causal", r, criterion, 0.0)
+    full = None if mask is None else mask.expand(*mask.shape[:-1], n_keys)
+    index = dispatch.select_triton.selected_forward(q, k, v, full, None, rule, True)[2].mT.long()
+    listed = (index >= 0).double()
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    bias = mask.double() if kind == "bias" else mask
+    chosen = torch.zeros(*index.shape[:-1], n_keys, dtype=torch.float64, device=device)
+    chosen = chosen.scatter_add(-1, index.clamp(min=0), listed)
+    _check_choice(
+        case, score.attention_weights(exact[0], exact[1], bias, **arguments).detach(), exact[2].detach(), chosen
+    )
+    given = bias.masked_fill(chosen == 0, -torch.inf) if kind == "bias" else chosen > 0
+    arguments["is_causal"] = False
+    weights = score.attention_weights(exact[0], exact[1], given, **arguments)
+    if p:
+        torch.manual_seed(5)
+        kept = torch.empty(*index.mT.shape, dtype=torch.bool, device=device).bernoulli_(1.0 - p)
+        weights = weights * torch.zeros_like(weights).scatter_add(-1, index.clamp(min=0), kept.mT * listed) / (1.0 - p)
+    wanted = weights @ exact[2]
+    expected = (wanted, *torch.autograd.grad(wanted, exact, g.double()))
+    if r == 1:
+        return relative_errors(("output", "dv"), (found[0], found[3]), (expected[0], expected[3]))  # others are 0
+    return relative_errors(("output", "dq", "dk", "dv"), found, expected)
+
+
+def _check_choice(case: tuple[Any, ...], weights: Any, value: Any, chosen: Any) -> None:
+    """That the `chosen` keys (1 for each, [B, H, T, S]) are the r best, by weights and values in float64."""
+    import torch
+
+    from attnpatch.kernels.select import _value_scores
+
+    criterion, _, _, r, *_ = case
+    rank = weights if criterion == "weight" else _value_scores(weights, value, criterion == "centered")
+    # Of weights that float32 does not know.
+    possible = weights > 1e-30
+    if bool((chosen > 1).any()) or bool((chosen.sum(-1) < possible.sum(-1).clamp(max=r)).any()):
+        raise BenchmarkError(f"{case}: a key is chosen twice, or too few are")
+    lowest = rank.masked_fill(chosen == 0, torch.inf).amin(-1)
+    best_left = rank.masked_fill((chosen > 0) | ~possible, 0.0).amax(-1)
+    worse = float(((best_left - lowest) / best_left.clamp(min=1e-30)).amax())
+    if not worse <= 1e-4:
+        raise BenchmarkError(f"{case}: a key that was not chosen scores more, by {worse:.1e}, than one that was")
+
+
 # --- the pairwise query-value sum --------------------------------------------------------------------------------
 
 
@@ -253,24 +368,38 @@ def check_alignment(case: tuple[str, int, int, int, int, str], device: str, dry:
 
 CHECKS: dict[str, tuple[Callable[[bool], Sequence[tuple[Any, ...]]], Callable[..., dict[str, float]]]] = {
     "score": (cases, check_case),
+    "select": (select_cases, check_select),
     "query_value": (pairwise_cases, check_pairwise),
     "alignment": (alignment_cases, check_alignment),
 }
 """The cases of each kind of kernel, by whether the run is dry, and their check."""
 
-CALLS = ((256, False, 0.0), (2048, False, 0.0), (256, True, 0.1), (256, True, 0.0))
-"""Kinds of calls that are timed later: queries and keys, whether there is a mask, and dropout."""
+CALLS: tuple[tuple[Any, ...], ...] = ((256, False, 0.0), (2048, False, 0.0), (256, True, 0.1), (256, True, 0.0))
+CALLS += (("weight", 128), ("centered", 128))
+"""Kinds of calls that are timed later: queries and keys, whether there is a mask, and dropout; or how keys are selected
+in a model that is trained, queries and keys."""
 
 
 def _compile(case: tuple[Any, ...], device: str) -> None:
     import torch
 
-    from attnpatch.kernels import score
+    from attnpatch.kernels import dispatch, score, select
 
+    if isinstance(case[0], str):
+        criterion, length = case
+        x = torch.randn(2, length, 2, 64, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        mask = torch.ones(2, 1, length, length, device=device, dtype=torch.bool)
+        with dispatch.use_implementation("triton"):
+            if criterion == "weight":
+                output = select.top_r_attention(x, x, x, mask, 0.1, r=16)
+            else:
+                output = select.value_aware_attention(x, x, x, mask, 0.1, r=16, selector=criterion)
+        torch.autograd.grad(output.sum(), x)
+        return
     length, masked, dropout_p = case
+    keep = torch.ones(1, 1, length, length, device=device, dtype=torch.bool) if masked else None
     q, k, v = (torch.randn(1, 2, length, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    mask = torch.ones(1, 1, length, length, device=device, dtype=torch.bool) if masked else None
-    output = score.expressive_attention(q, k, v, mask, dropout_p)
+    output = score.expressive_attention(q, k, v, keep, dropout_p)
     torch.autograd.grad(output.sum(), (q, k, v))
 
 

@@ -12,6 +12,9 @@ The choice is automatic; single queries, as in a step of generation, are then co
 
 The pairwise sum of query_value and the alignment losses gan and ct are fused in Triton where `triton` or the automatic
 choice is asked for and it can serve (on a CPU, in Triton's interpreter, `triton` alone), and torch's elsewhere.
+
+The selections top_r and value_aware (norm, centered) are fused in Triton where `triton` is asked for: the kernels have
+not yet been checked on a GPU. `auto` and `blocked` select block by block on a CPU; the rest is plain.
 """
 
 from __future__ import annotations
@@ -39,9 +42,9 @@ BLOCKED_FROM = 1024
 _asked = os.environ.get(VARIABLE) or "auto"
 
 if USABLE:
-    from attnpatch.kernels import query_value_triton, score_triton
+    from attnpatch.kernels import query_value_triton, score_triton, select_triton
 else:
-    query_value_triton = score_triton = None  # type: ignore[assignment]
+    query_value_triton = score_triton = select_triton = None  # type: ignore[assignment]
 
 
 def asked() -> str:
@@ -168,6 +171,13 @@ def why_not_fused_sum(weights: Tensor, value: Tensor) -> str | None:
     return why_not_triton(value) or query_value_triton.why_not(weights, value)
 
 
+def why_not_fused_selection(query: Tensor, value: Tensor, r: int) -> str | None:
+    """Why attention of query [..., T, D] over r selected rows of value [..., S, Dv] is not fused in Triton, or None."""
+    if _asked == "auto" and USABLE:
+        return f"it has not been checked on a GPU yet, and is taken only when asked for: {VARIABLE}=triton"
+    return why_not_triton(query) or select_triton.why_not(query, value, r)
+
+
 def why_not_fused_alignment(x: Tensor) -> str | None:
     """Why the losses gan and ct are not fused for heads like those of x [..., D], with networks of default sizes."""
     from attnpatch.kernels.alignment_networks import Discriminator, why_not_triton
@@ -176,7 +186,7 @@ def why_not_fused_alignment(x: Tensor) -> str | None:
 
 
 def why_not_triton(x: Tensor) -> str | None:
-    """Why the Triton kernels of query_value and alignment are not to be used on the device of x, or None."""
+    """Why the Triton kernels of query_value, selection and alignment are not to be used on the device of x, or None."""
     if reason := why_not_here():
         return reason
     if _asked not in ("auto", "triton"):
@@ -236,6 +246,14 @@ def _gets(x: Tensor) -> str:
     return _asked if reason is None else f"an error: {_asked} cannot serve it ({reason})"
 
 
+def _selects(x: Tensor) -> str:
+    """How top_r and value_aware select 16 keys with x for query, key and value."""
+    if x.device.type == "cpu" and _asked in ("auto", "blocked"):
+        return "blocked"
+    reason = why_not_fused_selection(x, x, 16)
+    return "fused (triton)" if reason is None else f"plain ({reason})"
+
+
 def describe() -> dict[str, object]:
     """What `attnpatch env` shows of it: what a call gets on each device and in each dtype.
 
@@ -251,6 +269,7 @@ def describe() -> dict[str, object]:
         x = torch.empty(1, 512, 64, device=device)
         reason = why_not_fused_sum(x, x)
         found[f"query_value on {device}"] = "fused (triton)" if reason is None else f"torch, in blocks ({reason})"
+        found[f"top_r, value_aware on {device}"] = _selects(x)
         reason = why_not_fused_alignment(x)
         found[f"alignment gan, ct on {device}"] = "fused (triton)" if reason is None else f"torch ({reason})"
     if _asked == "auto":

@@ -128,9 +128,8 @@ def top_r_attention(
     `score.kernel_attention` and `top_r_weights`.
     """
     check_r(r)
-    if _fuses(query, key, value, attn_mask, dropout_p, r):
-        check_call(kernel, degree, attn_mask, is_causal)
-        return _fused(query, key, value, attn_mask, dropout_p, is_causal, scale, r, kernel, degree, "weight")
+    if form := _fused_form(query, key, value, attn_mask, dropout_p, r):
+        return _fused(form, query, key, value, attn_mask, dropout_p, is_causal, scale, r, kernel, degree, "weight")
     weights = attention_weights(query, key, attn_mask, is_causal, scale, kernel, degree)
     return aggregate(top_r_weights(weights, r), value, dropout_p, query.dtype)
 
@@ -154,32 +153,41 @@ def value_aware_attention(
     `score.kernel_attention` and `value_aware_weights`.
     """
     check_r(r)
-    if selector in ("norm", "centered") and _fuses(query, key, value, attn_mask, dropout_p, r):
-        check_call(kernel, degree, attn_mask, is_causal)
-        return _fused(query, key, value, attn_mask, dropout_p, is_causal, scale, r, kernel, degree, selector)
+    form = _fused_form(query, key, value, attn_mask, dropout_p, r) if selector in ("norm", "centered") else None
+    if form is not None:
+        return _fused(form, query, key, value, attn_mask, dropout_p, is_causal, scale, r, kernel, degree, selector)
     weights = attention_weights(query, key, attn_mask, is_causal, scale, kernel, degree)
     weights = value_aware_weights(weights, value, r, selector, swaps)
     return aggregate(weights, value, dropout_p, query.dtype)
 
 
-def _fuses(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, r: int) -> bool:
-    """Whether `selected` computes the call: it can, and has not been asked for the plain form."""
+def _fused_form(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, r: int
+) -> str | None:
+    """The fused form that computes a call, "blocked" (on a CPU) or "triton", or None: it cannot, or is not asked to."""
     tensors = (query, key, value)
-    if dispatch.asked() not in ("auto", "blocked") or any(x.device.type != "cpu" for x in tensors):
-        return False
     if not query.is_floating_point() or any(x.dtype != query.dtype or not 2 <= x.dim() <= 4 for x in tensors):
-        return False
+        return None
+    if any(x is not None and x.device != query.device for x in (key, value, attn_mask)):
+        return None
     if not 0.0 <= dropout_p <= 1.0 or (attn_mask is not None and attn_mask.requires_grad):
-        return False
+        return None
     n_query, n_key = query.shape[-2], key.shape[-2]
     # An operator without a rule for forward-mode derivatives would give 0.
     if forward_ad._current_level >= 0 or 0 in (n_query, query.shape[-1], value.shape[-1]):
-        return False
-    # With all keys there is nothing to select, and T x r is no less than T x S.
-    return r < n_key == value.shape[-2] and (dispatch.asked() == "blocked" or n_query * n_key >= FUSED_FROM)
+        return None
+    if not r < n_key == value.shape[-2]:
+        return None  # with all keys there is nothing to select, and T x r is no less than T x S
+    asked = dispatch.asked()
+    if query.device.type == "cpu" and asked in ("auto", "blocked"):
+        return "blocked" if asked == "blocked" or n_query * n_key >= FUSED_FROM else None
+    if torch._C._are_functorch_transforms_active() or dispatch.why_not_fused_selection(query, value, r):
+        return None
+    return "triton"
 
 
 def _fused(
+    form: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -192,16 +200,20 @@ def _fused(
     degree: int,
     criterion: str,
 ) -> Tensor:
+    check_call(kernel, degree, attn_mask, is_causal)
     leading = dispatch.leading_shape(query, key, value)
     factor = default_scale(kernel, query.shape[-1]) if scale is None else float(scale)
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     q, k, v, mask = dispatch.four_dimensions(query, key, value, attn_mask)
-    dropped = None
+    kept = None
     if dropout_p > 0.0:
-        dropped = torch.empty(*q.shape[:-1], r, dtype=torch.bool).bernoulli_(1.0 - dropout_p)
-    output: Tensor = selected_attention_op(
-        q, k, v, mask, dropped, kernel, degree, factor, is_causal, r, criterion, dropout_p, training
-    )[0]
+        lists = (*q.shape[:-1], r) if form == "blocked" else (*q.shape[:2], r, q.shape[2])
+        kept = torch.empty(lists, dtype=torch.bool, device=q.device).bernoulli_(1.0 - dropout_p)
+    arguments = (q, k, v, mask, kept, kernel, degree, factor, is_causal, r, criterion, dropout_p, training)
+    if form == "blocked":
+        output: Tensor = selected_attention_op(*arguments)[0]
+    else:
+        output = dispatch.select_triton.selected_attention(*arguments)
     return output if len(leading) == 2 else output.reshape(*leading, *output.shape[-2:])
 
 
