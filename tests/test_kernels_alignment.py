@@ -462,6 +462,54 @@ def test_networks_in_float32(seed, kind, layout, onednn, monkeypatch):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
+class Wrapped(nn.Module):
+    """A network of another class, which is left to autograd."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x)
+
+
+@pytest.mark.parametrize("frozen", ["", "tokens", "navigator", "critic", "critic.inner.weight", "navigator.outer.bias"])
+@pytest.mark.parametrize("critic", [an.Critic, an.Navigator])
+@pytest.mark.parametrize("padded", [False, True])
+def test_ct_in_one_pass_equals_its_parts(seed, frozen, critic, padded, monkeypatch):
+    monkeypatch.setattr(an, "_TOKENS", random.choice([5, 64, 1000]))
+    query, key = (torch.randn(3, 2, n, D, dtype=torch.float64) for n in (5, 8))
+    nets = nn.ModuleDict({"navigator": an.Navigator(D, 6), "critic": critic(D, 6)}).double()
+    for name, parameter in nets.named_parameters():
+        parameter.requires_grad_(not (frozen and name.startswith(frozen)))
+    for x in (query, key):
+        x.requires_grad_(frozen != "tokens")
+    masks = {}
+    if padded:
+        masks = {"key_padding_mask": torch.rand(3, 8) < 0.4, "query_padding_mask": torch.rand(3, 5) < 0.4}
+        masks["key_padding_mask"][1] = True  # a sequence without keys
+    leaves = [x for x in (query, key, *nets.parameters()) if x.requires_grad]
+    weight = torch.randn(3, 2, dtype=torch.float64)
+
+    def gradients(**networks):
+        loss = al.alignment_loss(query, key, method="ct", reduction="none", **masks, **networks)
+        return [loss, *torch.autograd.grad((loss * weight).sum(), leaves)]
+
+    found, parts = gradients(**nets), gradients(**{name: Wrapped(net) for name, net in nets.items()})
+    for a, b in zip(found, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        alone = al.alignment_loss(query, key, method="ct", reduction="none", **masks, **nets)
+    torch.testing.assert_close(alone, found[0])
+
+
+def test_ct_says_that_it_has_no_second_derivative():
+    query = torch.randn(1, 1, 4, D, requires_grad=True)
+    loss = al.alignment_loss(query, query, method="ct", navigator=an.Navigator(D, 6), critic=an.Critic(D, 6))
+    with pytest.raises(RuntimeError, match=r"this alignment loss \(ct\) has no second derivative"):
+        torch.autograd.grad(loss, query, create_graph=True)
+
+
 @pytest.mark.parametrize("then", ["none", "relu", "sigmoid", "leaky_relu"])
 @pytest.mark.parametrize("shape", [(1, 16, 16), (50, 64, 32), (9, 3, 1), (0, 16, 16), (5, 100, 17)])
 def test_products(seed, then, shape):

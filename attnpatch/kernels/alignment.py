@@ -30,7 +30,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SpecError, unknown
-from .alignment_networks import Critic, Discriminator, Navigator, apply_network, check_width, serves_triton
+from .alignment_networks import (
+    Critic,
+    Discriminator,
+    Navigator,
+    apply_network,
+    apply_pair,
+    check_width,
+    serves_triton,
+)
 from .once import differentiable_once
 from .triton_here import USABLE
 
@@ -179,6 +187,14 @@ def _conditional_transport(tokens: _Tokens, navigator: nn.Module | None, critic:
     Both directions share S and the cosines. Their gradients are taken at once, so that the T x S matrices of a
     few problems at a time are all that ever exists.
     """
+
+    def losses(moves: Tensor, features: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return _transport_losses(tokens, moves, features, True)
+
+    if navigator is not None and critic is not None:
+        both = apply_pair(navigator, critic, tokens.x, losses)
+        if both is not None:
+            return both
     moves = apply_network(navigator, tokens.x)
     features = apply_network(critic, tokens.x, adversary=True)
     needs = torch.is_grad_enabled() and (moves.requires_grad or features.requires_grad)

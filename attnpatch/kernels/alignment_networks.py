@@ -9,7 +9,7 @@ networks of other classes, it is autograd's business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.func import functional_call
 from ..errors import SpecError
 from . import dispatch
 from .gradient_reversal import gradient_reversal
+from .once import differentiable_once
 from .products import LEAKY_SLOPE, linear
 from .triton_here import USABLE
 
@@ -186,13 +187,8 @@ class _Narrow(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, adversary: bool, squeezed: bool, *weights: Any) -> Tensor:
         ctx.save_for_backward(x, *weights)
         ctx.sign = -1.0 if adversary else 1.0
-        rows = x.reshape(-1, x.shape[-1])
-        w_out, b_out = weights[4:]
-        out = rows.new_empty(rows.shape[0], w_out.shape[0])
-        for part in _parts(rows):
-            *_, hidden = _hidden(rows[part], weights)
-            torch.addmm(b_out, hidden, w_out.t(), out=out[part])
-        return out.view(x.shape[:-1] if squeezed else (*x.shape[:-1], w_out.shape[0]))
+        out = _applied(x, weights)
+        return out.squeeze(-1) if squeezed else out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -203,6 +199,59 @@ class _Narrow(torch.autograd.Function):
             again = torch.is_grad_enabled()  # create_graph: the gradient is to be differentiated
             gradients = (_by_autograd if again else _by_parts)(x, weights, grad, needed, ctx.sign)
         return gradients[0], None, None, *gradients[1:]
+
+
+def apply_pair(
+    navigator: nn.Module,
+    critic: nn.Module,
+    x: Tensor,
+    loss: Callable[[Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]],
+) -> Tensor | None:
+    """A loss [B, H] of navigator(x) and critic(x), x [B, H, L, D], with the gradient of the critic's parameters
+    reversed; None where the two are not plain networks on a CPU, or no gradient is wanted.
+
+    Args:
+        loss: of both results, gives it and its gradients with respect to them.
+    """
+    leaves = (x, *navigator.parameters(), *critic.parameters())
+    if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in leaves):
+        return None
+    if not (_is_fused(navigator, x) and _is_fused(critic, x)):
+        return None
+    weights = (None if p is None else p.to(x.dtype) for network in (navigator, critic) for p in _ordered(network))
+    return _Pair.apply(x, loss, *weights)
+
+
+class _Pair(torch.autograd.Function):
+    """See `apply_pair`: what two `_Narrow` and a product of gradients would be, in one pass over the tokens each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Any, *weights: Any) -> Tensor:
+        value, gradients = loss(_applied(x, weights[:6]), _applied(x, weights[6:]))
+        ctx.save_for_backward(x, *weights, *gradients)
+        return value
+
+    @staticmethod
+    @differentiable_once("this alignment loss (ct)")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        needs_x, _, *needed = ctx.needs_input_grad
+        scale = grad[..., None].expand(x.shape[:-1]).reshape(-1, 1)
+        with torch.autocast("cpu", enabled=False):
+            first = _by_parts(x, saved[:6], saved[12], [needs_x, *needed[:6]], 1.0, scale)
+            second = _by_parts(x, saved[6:12], saved[13], [needs_x, *needed[6:]], -1.0, scale, onto=first[0])
+        return first[0], None, *first[1:], *second[1:]
+
+
+def _applied(x: Tensor, weights: Sequence[Any]) -> Tensor:
+    """A network of these weights: [..., D] -> [..., out]."""
+    rows = x.reshape(-1, x.shape[-1])
+    w_out, b_out = weights[4:]
+    out = rows.new_empty(rows.shape[0], w_out.shape[0])
+    for part in _parts(rows):
+        *_, hidden = _hidden(rows[part], weights)
+        torch.addmm(b_out, hidden, w_out.t(), out=out[part])
+    return out.view(*x.shape[:-1], w_out.shape[0])
 
 
 def _by_autograd(
@@ -221,12 +270,25 @@ def _by_autograd(
 
 
 def _by_parts(
-    x: Tensor, weights: Sequence[Any], grad: Tensor, needed: Sequence[bool], sign: float
+    x: Tensor,
+    weights: Sequence[Any],
+    grad: Tensor,
+    needed: Sequence[bool],
+    sign: float,
+    scale: Tensor | None = None,
+    onto: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """The gradients of x and of the weights, those times `sign`; None where not needed."""
+    """The gradients of x and of the weights, those times `sign`; None where not needed.
+
+    Args:
+        scale: what `grad` is to be multiplied by, a number for each token [n, 1].
+        onto: what the gradient of x is added to, in place.
+    """
     w_both, _, w_in, _, w_out, _ = weights
     rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, w_out.shape[0])
-    d_rows = torch.empty_like(rows) if needed[0] else None
+    d_rows = None
+    if needed[0]:
+        d_rows = torch.empty_like(rows) if onto is None else onto.view(rows.shape)
     sums: list[Any] = [torch.zeros_like(w) if wanted else None for w, wanted in zip(weights, needed[1:], strict=True)]
 
     def add(index: int, d_out: Tensor, inputs: Tensor, half: slice = slice(None)) -> None:
@@ -239,25 +301,27 @@ def _by_parts(
 
     aten = torch.ops.aten
     for part in _parts(rows):
-        x_part, d_out = rows[part], grad[part]
+        x_part, d_out = rows[part], grad[part] if scale is None else grad[part] * scale[part]
         gate, transformed, mixed, hidden = _hidden(x_part, weights)
         add(4, d_out, hidden)
         d_hidden = aten.leaky_relu_backward(linear(d_out, w_out.t()), hidden, LEAKY_SLOPE, True)
         add(2, d_hidden, mixed)
-        if gate is None or transformed is None:
+        if gate is not None or d_rows is not None:
+            d_mixed = linear(d_hidden, w_in.t())
+        if gate is not None and transformed is not None:
+            d_gate = aten.sigmoid_backward((transformed - x_part).mul_(d_mixed), gate)
+            through = d_mixed * gate
+            d_transformed = aten.threshold_backward(through, transformed, 0)
+            first, second = _halves(w_both)
+            add(0, d_gate, x_part, first)
+            add(0, d_transformed, x_part, second)
             if d_rows is not None:
-                torch.mm(d_hidden, w_in, out=d_rows[part])
-            continue
-        d_mixed = linear(d_hidden, w_in.t())
-        d_gate = aten.sigmoid_backward((transformed - x_part).mul_(d_mixed), gate)
-        through = d_mixed * gate
-        d_transformed = aten.threshold_backward(through, transformed, 0)
-        first, second = _halves(w_both)
-        add(0, d_gate, x_part, first)
-        add(0, d_transformed, x_part, second)
-        if d_rows is not None:
-            d_mixed.sub_(through).add_(linear(d_gate, w_both[first].t()))
-            torch.add(d_mixed, linear(d_transformed, w_both[second].t()), out=d_rows[part])
+                d_mixed.sub_(through).add_(linear(d_gate, w_both[first].t()))
+                d_mixed.add_(linear(d_transformed, w_both[second].t()))
+        if d_rows is not None and onto is None:
+            d_rows[part].copy_(d_mixed)
+        elif d_rows is not None:
+            d_rows[part].add_(d_mixed)
     return [None if d_rows is None else d_rows.view(x.shape), *sums]
 
 
