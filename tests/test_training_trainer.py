@@ -234,7 +234,7 @@ def test_translations_are_those_of_generate_in_order(tmp_path: Path, spec: str |
         attnpatch.patch(model, spec)
     model.set_attn_implementation(backend)
     model.generation_config.bad_words_ids = [[VOCAB - 1], [random.randint(2, VOCAB - 2)]]
-    trainer = make(tmp_path, model, data, fused_decoding=True)
+    trainer = make(tmp_path, model, data, own_attention=True)
     expected = []
     model.eval()
     for row in data.to_list():
@@ -243,42 +243,6 @@ def test_translations_are_those_of_generate_in_order(tmp_path: Path, spec: str |
     for budget in (20, 1000):
         assert trainer.translate(data, budget, num_beams=2, max_length=12) == expected
         assert model.config._attn_implementation == backend  # as it was before
-
-
-def test_a_model_that_wants_no_cache_or_another_gets_none_of_ours(tmp_path: Path) -> None:
-    from attnpatch.experiments.translation.decoding import lean_decoding
-
-    model, data = tiny_model(), rows(12)
-    with lean_decoding(model, 2) as arguments:
-        assert "past_key_values" in arguments()
-    trainer = make(tmp_path, model, data)
-    wanted = trainer.translate(data, 64, num_beams=2, max_length=9)
-    for name, value in (("use_cache", False), ("cache_implementation", "static")):
-        before = getattr(model.generation_config, name)
-        setattr(model.generation_config, name, value)
-        with lean_decoding(model, 2) as arguments:
-            assert "past_key_values" not in arguments()
-        assert trainer.translate(data, 64, num_beams=2, max_length=9) == wanted
-        setattr(model.generation_config, name, before)
-
-
-def test_tokens_that_are_forbidden_in_decoding_stay_so() -> None:
-    from transformers import GenerationConfig
-
-    from attnpatch.experiments.translation.decoding import lean_generation
-
-    given = GenerationConfig(bad_words_ids=[[5], [7]], eos_token_id=0)
-    lean, processors = lean_generation(given)
-    assert lean.bad_words_ids is None
-    assert given.bad_words_ids == [[5], [7]]
-    scores = torch.randn(3, 9)
-    wanted = scores.clone()
-    wanted[:, [5, 7]] = float("-inf")
-    torch.testing.assert_close(processors(torch.zeros(3, 1, dtype=torch.long), scores), wanted)
-    # Of several tokens, or the end: only bad_words_ids says that.
-    for words in ([[5, 6]], [[0]]):
-        lean, processors = lean_generation(GenerationConfig(bad_words_ids=words, eos_token_id=0))
-        assert (lean.bad_words_ids, len(processors)) == (words, 0)
 
 
 @pytest.mark.parametrize(

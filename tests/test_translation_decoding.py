@@ -9,13 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import PAD, masked_lm, tokens, wake
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 import attnpatch
-from attnpatch.experiments.translation.beam_cache import FIRST_ROOM, BeamCache, GrowingLayer, _Spare
-from attnpatch.experiments.translation.decoding import IMPLEMENTATION, decoding_attention, lean_decoding
-from attnpatch.kernels import decode
+from attnpatch.experiments.translation.beam_cache import FIRST_ROOM, BeamCache, GrowingLayer
+from attnpatch.experiments.translation.decoding import (
+    IMPLEMENTATION,
+    decoding_attention,
+    lean_decoding,
+    lean_generation,
+)
+from attnpatch.kernels import compiled, decode_native
+from attnpatch.training.errors import TrainingError
 
 CROSS = {"variant": "expressive", "sites": ["cross"]}
 
@@ -26,7 +32,7 @@ def test_rows_that_share_their_source(
     seed: int, monkeypatch: pytest.MonkeyPatch, native: bool, length: int, mask: str
 ) -> None:
     if not native:
-        monkeypatch.setattr(decode, "library", lambda source: "it is not wanted")
+        monkeypatch.setattr(decode_native, "library", lambda source: "it is not wanted")
     sentences, beams, keys = 3, 4, 7
     query = torch.randn(sentences * beams, 2, length, 8)
     key, value = torch.randn(sentences, 2, keys, 8), torch.randn(sentences, 2, keys, 8)
@@ -45,7 +51,7 @@ def test_rows_that_share_their_source(
 
 def test_the_growing_layer_is_a_dynamic_one(seed: int) -> None:
     """Whatever is done to it, in whatever order, past its first room too."""
-    ours, stock = GrowingLayer(_Spare()), DynamicLayer()
+    ours, stock = GrowingLayer(), DynamicLayer()
     rows = 6
     for _ in range(2 * FIRST_ROOM):
         new = [torch.randn(rows, 2, random.choice([1, 1, 1, 3]), 4) for _ in range(2)]
@@ -66,8 +72,9 @@ def test_the_growing_layer_is_a_dynamic_one(seed: int) -> None:
                 layer.batch_select_indices(order)
         torch.testing.assert_close((ours.keys, ours.values), (stock.keys, stock.values), rtol=0, atol=0)
         assert ours.get_seq_length() == stock.get_seq_length()
-    ours.reset()
-    assert ours.get_seq_length() == 0
+    for layer in (ours, stock):
+        layer.reset()
+    assert ours.get_seq_length() == stock.get_seq_length()  # which transformers' versions differ in
 
 
 def test_layers_do_not_write_into_each_other(seed: int) -> None:
@@ -91,11 +98,16 @@ def test_layers_do_not_write_into_each_other(seed: int) -> None:
 @pytest.mark.parametrize("spec", [None, "neural", "query_value+expressive", CROSS])
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("prefix", [1, 3])
+@pytest.mark.parametrize("num_beams", [1, 3])
 def test_generate_finds_the_same(
-    seed: int, monkeypatch: pytest.MonkeyPatch, spec: Any, native: bool, prefix: int
+    seed: int, monkeypatch: pytest.MonkeyPatch, spec: Any, native: bool, prefix: int, num_beams: int
 ) -> None:
-    if not native:
-        monkeypatch.setattr(decode, "library", lambda source: "it is not wanted")
+    if native and compiled.unwanted() is not None:
+        pytest.skip(f"no compiled code: {compiled.unwanted()}")
+    calls: list[int] = []
+    real = decode_native.decode_attention
+    counting = lambda query, key, *rest: calls.append(len(key)) or real(query, key, *rest)  # noqa: E731
+    monkeypatch.setattr(decode_native, "decode_attention", counting)
     model = masked_lm("marian")
     if spec is not None:
         attnpatch.patch(model, spec)
@@ -105,16 +117,32 @@ def test_generate_finds_the_same(
     for row in range(1, 5):
         ids[row, -row:], mask[row, -row:] = PAD, 0
     begin = torch.full((5, prefix), PAD) if prefix == 1 else torch.cat([torch.full((5, 1), PAD), tokens(5, 2)], 1)
-    options = {"num_beams": 3, "max_new_tokens": 2 * FIRST_ROOM, "min_new_tokens": FIRST_ROOM + 2}
-    call = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": begin, **options}
-    wanted = model.generate(**call, return_dict_in_generate=True, output_scores=True)
+    options = {"num_beams": num_beams, "max_new_tokens": 2 * FIRST_ROOM, "min_new_tokens": FIRST_ROOM + 2}
+    call = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": begin}
+    asked = {"return_dict_in_generate": True, "output_scores": True}
+    wanted = model.generate(**call, **options, **asked)
     before = model.config._attn_implementation
-    with lean_decoding(model, 3) as arguments:
+    calls.clear()
+    if not native:
+        monkeypatch.setattr(decode_native, "library", lambda source: "it is not wanted")
+    with lean_decoding(model, **options, **asked) as arguments:
         assert model.config._attn_implementation == IMPLEMENTATION
-        found = model.generate(**call, **arguments(), return_dict_in_generate=True, output_scores=True)
+        given = arguments()
+        found = model.generate(**call, **given)
     assert model.config._attn_implementation == before
     assert torch.equal(found.sequences, wanted.sequences)
-    torch.testing.assert_close(found.sequences_scores, wanted.sequences_scores)
+    if num_beams > 1:
+        torch.testing.assert_close(found.sequences_scores, wanted.sequences_scores)
+    for ours, theirs in zip(found.scores, wanted.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    shared = spec in (None, "neural")
+    assert {len(layer.keys) for layer in given["past_key_values"].cross_attention_cache.layers} == {
+        5 if shared else 5 * num_beams
+    }
+    # query_value computes its output otherwise, at all sites.
+    assert bool(calls) == (native and spec != "query_value+expressive")
+    if native and shared:
+        assert 5 in calls  # the source's keys
 
 
 def test_only_a_stock_source_is_shared() -> None:
@@ -122,9 +150,53 @@ def test_only_a_stock_source_is_shared() -> None:
         model = masked_lm("marian")
         if spec is not None:
             attnpatch.patch(model, spec)
-        with lean_decoding(model, 3) as arguments:
+        with lean_decoding(model, num_beams=3) as arguments:
             cache = arguments()["past_key_values"]
-            assert {layer.beams for layer in cache.cross_attention_cache.layers} == {shared}
-        with lean_decoding(model, 3, choose_attention=False) as arguments:
+            assert {layer.num_beams for layer in cache.cross_attention_cache.layers} == {shared}
+        with lean_decoding(model, own_attention=False, num_beams=3) as arguments:
             assert model.config._attn_implementation != IMPLEMENTATION
-            assert {layer.beams for layer in arguments()["past_key_values"].cross_attention_cache.layers} == {1}
+            cache = arguments()["past_key_values"]
+            assert {layer.num_beams for layer in cache.cross_attention_cache.layers} == {1}
+
+
+def test_rows_that_are_not_beams_are_refused() -> None:
+    cache = BeamCache(masked_lm("marian").config, 4).cross_attention_cache
+    rows = torch.randn(9, 2, 5, 8)
+    with pytest.raises(TrainingError, match="9 rows are not 4 beams"):
+        cache.update(rows, rows, 0)
+
+
+def test_the_backend_is_restored_after_an_error() -> None:
+    model = masked_lm("marian")
+    before = model.config._attn_implementation
+    with pytest.raises(KeyError), lean_decoding(model, num_beams=2):
+        raise KeyError
+    assert model.config._attn_implementation == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "value"), [("use_cache", False), ("cache_implementation", "static")])
+def test_a_model_that_wants_no_cache_or_another_gets_none_of_ours(seed: int, name: str, value: Any) -> None:
+    model, ids = masked_lm("marian"), tokens(4, 7)
+    with lean_decoding(model, num_beams=2) as arguments:
+        assert "past_key_values" in arguments()
+    setattr(model.generation_config, name, value)
+    wanted = model.generate(ids, num_beams=2, max_new_tokens=9)
+    with lean_decoding(model, num_beams=2, max_new_tokens=9) as arguments:
+        assert "past_key_values" not in arguments()
+        assert torch.equal(model.generate(ids, **arguments()), wanted)
+
+
+def test_tokens_that_are_forbidden_in_decoding_stay_so() -> None:
+    given = GenerationConfig(bad_words_ids=[[5], [7]], eos_token_id=0)
+    lean, processors = lean_generation(given)
+    assert lean.bad_words_ids is None
+    assert given.bad_words_ids == [[5], [7]]
+    scores = torch.randn(3, 9)
+    wanted = scores.clone()
+    wanted[:, [5, 7]] = float("-inf")
+    torch.testing.assert_close(processors(torch.zeros(3, 1, dtype=torch.long), scores), wanted)
+    # Of several tokens, or the end: only bad_words_ids says that.
+    for words in ([[5, 6]], [[0]]):
+        lean, processors = lean_generation(GenerationConfig(bad_words_ids=words, eos_token_id=0))
+        assert (lean.bad_words_ids, len(processors)) == (words, 0)

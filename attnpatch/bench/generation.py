@@ -95,7 +95,7 @@ def queries(settings: Settings) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from attnpatch.kernels import decode
+    from attnpatch.kernels import decode_native
     from attnpatch.kernels.score import plain_attention
 
     results: dict[str, Any] = {"peer": "F.scaled_dot_product_attention, softmax, of the same dtype"}
@@ -107,10 +107,10 @@ def queries(settings: Settings) -> dict[str, Any]:
         key, value = (torch.randn(keys, ROWS, HEADS, HEAD_DIM).to(dtype).permute(1, 2, 0, 3) for _ in range(2))
         mask = torch.ones(ROWS, 1, 1, keys, dtype=torch.bool)
         mask[::2, ..., -keys // 4 :] = False
-        if reason := decode.why_not(query, key, value, mask):
+        if reason := decode_native.why_not(query, key, value, mask):
             raise BenchmarkError(f"attention of single queries is not compiled: {reason}")
         label = f"{kernel} {str(dtype).removeprefix('torch.')}, {keys} keys"
-        ours = partial(decode.decode_attention, query, key, value, mask, HEAD_DIM**-0.5, kernel)
+        ours = partial(decode_native.decode_attention, query, key, value, mask, HEAD_DIM**-0.5, kernel)
         peer = partial(F.scaled_dot_product_attention, query, key, value, mask)
         wanted = plain_attention(
             query.double(), key.double(), value.double(), mask, 0.0, False, HEAD_DIM**-0.5, kernel=kernel

@@ -28,6 +28,7 @@ FOLDER = Path(__file__).parent
 # Elsewhere than on x86 the processor's identity, which the cache goes by, says too little for -march=native.
 _X86 = platform.machine() in ("x86_64", "AMD64")
 _TUNED = ("-march=native", "-mprefer-vector-width=512") if _X86 else ()
+# Sums by vectors, but with NaN and infinity as they are, which -ffast-math would not keep.
 _REASSOCIATED = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
 SOURCES = {
     "decode_native": _REASSOCIATED,

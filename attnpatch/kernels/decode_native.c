@@ -1,8 +1,8 @@
-/* Attention of single queries, used by decode.py: a step of generation, where a kernel for blocks of queries spends most
+/* Attention of single queries, used by decode_native.py: a step of generation, where a kernel for blocks of queries spends most
    of its time on what it prepares.
 
-   Rows that follow each other may share their keys: `share` of them do, as the beams of a sentence share its source. By
-   torch's threads where it runs on GNU OpenMP. Sums are reassociated; not a number stays one. */
+   Rows that follow each other may share their keys: `rows_per_key_row` of them do, as the beams of a sentence share its
+   source. By torch's threads where it runs on GNU OpenMP. NaN stays NaN. */
 
 #include <math.h>
 #include <stdint.h>
@@ -15,18 +15,18 @@ static int omp_get_thread_num(void) { return 0; }
 #endif
 
 /* [rows, H, n, D] with its strides in elements; features are next to each other. */
-struct tensor { const void *data; long row, head, place; };
+struct tensor { const void *data; long row, head, position; };
 /* [rows of keys, S], bytes; no data: all keys are visible. A stride is 0 where it is broadcast. */
-struct mask { const unsigned char *data; long row, place; };
+struct mask { const unsigned char *data; long row, position; };
 
 enum kernel { SOFTMAX, EXPRESSIVE, POLYNOMIAL, ELU };
 
 struct call {
     struct tensor query, key, value;
-    struct mask keep;
+    struct mask mask;
     void *output;     /* [rows, H, value_dim], contiguous, in the query's dtype */
     float *workspace; /* `space` for each thread: H (n_keys + head_dim + value_dim + 3) */
-    long threads, space, n_rows, n_heads, n_keys, head_dim, value_dim, share, kernel, degree;
+    long threads, space, n_rows, n_heads, n_keys, head_dim, value_dim, rows_per_key_row, kernel, degree;
     float scale;
 };
 
@@ -70,13 +70,13 @@ static inline float weigh(long kernel, long degree, float z, float highest, floa
 /* Rows whose scores or weights are smaller than this, where they vanish or are scaled up first, are left to the caller. */
 #define LEAST 1e-15f
 
-#define AT(type, x, r, h, j) ((const type *)(x).data + (r) * (x).row + (h) * (x).head + (j) * (x).place)
+#define AT(type, x, r, h, j) ((const type *)(x).data + (r) * (x).row + (h) * (x).head + (j) * (x).position)
 
 /* For one dtype: the weighted sums of the values of row r, into `output`. All heads of a key at once, which mostly lie
    side by side. 0 if the row is for the caller. */
 #define ATTEND(NAME, TYPE, LOAD, STORE) \
     static int NAME##_row(const struct call *c, long r, float *restrict space) { \
-        const long shared = r / c->share, heads = c->n_heads, dim = c->head_dim, width = c->value_dim; \
+        const long key_row = r / c->rows_per_key_row, heads = c->n_heads, dim = c->head_dim, width = c->value_dim; \
         float *restrict weights = space, *restrict query = weights + heads * c->n_keys; \
         float *restrict sum = query + heads * dim, *restrict highest = sum + heads * width; \
         float *restrict largest = highest + heads, *restrict total = largest + heads; \
@@ -87,13 +87,13 @@ static inline float weigh(long kernel, long degree, float z, float highest, floa
             largest[h] = total[h] = 0.0f; \
         } \
         memset(sum, 0, heads * width * sizeof(float)); \
-        const unsigned char *keep = c->keep.data ? c->keep.data + shared * c->keep.row : 0; \
+        const unsigned char *mask = c->mask.data ? c->mask.data + key_row * c->mask.row : 0; \
         long seen = 0; \
         for (long j = 0; j < c->n_keys; j++) { \
-            if (keep && !keep[j * c->keep.place]) continue; \
+            if (mask && !mask[j * c->mask.position]) continue; \
             seen++; \
             for (long h = 0; h < heads; h++) { \
-                const TYPE *restrict key = AT(TYPE, c->key, shared, h, j); \
+                const TYPE *restrict key = AT(TYPE, c->key, key_row, h, j); \
                 const float *restrict q = query + h * dim; \
                 float score = 0.0f; \
                 for (long d = 0; d < dim; d++) score += q[d] * LOAD(key[d]); \
@@ -103,9 +103,9 @@ static inline float weigh(long kernel, long degree, float z, float highest, floa
             } \
         } \
         for (long j = 0; j < c->n_keys; j++) { \
-            if (keep && !keep[j * c->keep.place]) continue; \
+            if (mask && !mask[j * c->mask.position]) continue; \
             for (long h = 0; h < heads; h++) { \
-                const TYPE *restrict value = AT(TYPE, c->value, shared, h, j); \
+                const TYPE *restrict value = AT(TYPE, c->value, key_row, h, j); \
                 float *restrict s = sum + h * width; \
                 const float weight = weigh(c->kernel, c->degree, weights[j * heads + h], highest[h], largest[h]); \
                 total[h] += weight; \

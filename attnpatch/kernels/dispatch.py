@@ -7,7 +7,7 @@
     plain    the definition, [T, S] weights in memory; serves everything
 
 The choice is automatic; single queries, as in a step of generation, are then computed in C on the CPU
-(attnpatch.kernels.decode). `ATTNPATCH_KERNEL` in the environment, `use_implementation` or the argument
+(attnpatch.kernels.decode_native). `ATTNPATCH_KERNEL` in the environment, `use_implementation` or the argument
 `implementation` of the functions ask for one by name, and an error says why if it cannot serve. Softmax is plain.
 
 The pairwise sum of query_value and the alignment losses gan and ct are fused in Triton where `triton` or the automatic
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attnpatch.errors import SpecError
-from attnpatch.kernels import compiled, decode, score_blocked, score_native
+from attnpatch.kernels import compiled, decode_native, score_blocked, score_native
 from attnpatch.kernels.score import check_name, default_scale, plain_attention
 from attnpatch.kernels.score_blocked import blocked_attention_op
 from attnpatch.kernels.triton_here import INSTALLED, TUNE_VARIABLE, USABLE, why_not_here
@@ -85,8 +85,9 @@ def attend(
         name = "plain"
     tensors = (query, key, value, attn_mask)
     if name == "auto":
-        if not is_causal and dropout_p == 0.0 and decode.why_not(*tensors) is None and len(query) == len(key):
-            decoded = decode.decode_attention(query, key, value, attn_mask, factor, kernel, degree)
+        single = kernel != "softmax" and not is_causal and dropout_p == 0.0 and len(query) == len(key)
+        if single and decode_native.why_not(*tensors) is None:
+            decoded = decode_native.decode_attention(query, key, value, attn_mask, factor, kernel, degree)
             if decoded is not None:
                 return decoded
         name = choose(*tensors, dropout_p, kernel)

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
+from attnpatch.training.errors import TrainingError
+
 FIRST_ROOM = 16
 """Tokens that there is room for at first; doubled when they are full."""
 
@@ -21,32 +23,35 @@ class BeamCache(EncoderDecoderCache):
 
     Args:
         config: of the decoder.
-        beams_of_a_source: of how many rows that follow each other the keys and values of the source are kept once:
-            [R / n, H, S, D]. Above 1 it takes an attention function that knows of it (`decoding.decoding_attention`).
+        num_beams: for how many rows that follow each other the keys and values of the source are kept once:
+            [R / num_beams, H, S, D]. Above 1 it takes an attention function that knows of it
+            (`decoding.decoding_attention`).
     """
 
-    def __init__(self, config: Any, beams_of_a_source: int = 1) -> None:
-        caches = DynamicCache(config=config), DynamicCache(config=config)
+    def __init__(self, config: Any, num_beams: int = 1) -> None:
+        own, source = DynamicCache(config=config), DynamicCache(config=config)
         spare = _Spare()
-        for cache, new in zip(
-            caches, (lambda: GrowingLayer(spare), lambda: SourceLayer(beams_of_a_source)), strict=True
-        ):
-            cache.layers = [new() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        super().__init__(*caches)
+        # Layers of other kinds stay what they are.
+        own.layers = [GrowingLayer(spare) if type(layer) is DynamicLayer else layer for layer in own.layers]
+        source.layers = [SourceLayer(num_beams) if type(layer) is DynamicLayer else layer for layer in source.layers]
+        super().__init__(own, source)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.self_attention_cache.reorder_cache(beam_idx)
 
 
 class SourceLayer(DynamicLayer):
-    """Keys and values of the source, once for each `beams` rows, which have the same."""
+    """Keys and values of the source, once for each `num_beams` rows, which have the same."""
 
-    def __init__(self, beams: int) -> None:
+    def __init__(self, num_beams: int) -> None:
         super().__init__()
-        self.beams = beams
+        self.num_beams = num_beams
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        key_states, value_states = (x[:: self.beams] for x in (key_states, value_states))
+        """Raises TrainingError: the rows are not those of whole sentences."""
+        if len(key_states) % self.num_beams:
+            raise TrainingError(f"{len(key_states)} rows are not {self.num_beams} beams for each of some sentences")
+        key_states, value_states = (x[:: self.num_beams] for x in (key_states, value_states))
         return super().update(key_states, value_states, *args, **kwargs)
 
 
@@ -104,14 +109,17 @@ class _Room:
 
 
 class GrowingLayer(DynamicLayer):
-    """A DynamicLayer that neither copies what it holds to add a token, nor asks for memory to reorder it."""
+    """A DynamicLayer that neither copies what it holds to add a token, nor asks for memory to reorder it.
+
+    What `update` has returned is overwritten after `reorder_cache`, by this layer or one that shares its spare memory.
+    """
 
     keys: Any
     values: Any
 
-    def __init__(self, spare: _Spare) -> None:
+    def __init__(self, spare: _Spare | None = None) -> None:
         super().__init__()
-        self._spare, self._keys, self._values = spare, _Room(), _Room()
+        self._spare, self._keys, self._values = spare or _Spare(), _Room(), _Room()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from attnpatch.experiments.translation.beam_cache import BeamCache
-from attnpatch.kernels import decode
+from attnpatch.kernels import decode_native
 
 IMPLEMENTATION = "attnpatch_decoding"
 """The name under which `decoding_attention` is registered."""
@@ -32,21 +32,26 @@ def decoding_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' `sdpa`, faster for single queries on a CPU, and for rows of queries that share their keys.
 
-    query [R, H, T, D], key and value [R / n, H, S, D], where each row serves n rows of queries, as `BeamCache` keeps
-    the source of n beams; attention_mask [1 or R, 1, 1 or T, S], which the n rows then have in common -> output
-    [R, T, H, D], and no weights.
+    Args:
+        query: [R, H, T, D].
+        key, value: [R / n, H, S, D], each row of which serves n rows of queries that follow each other, as `BeamCache`
+            keeps the source of n beams.
+        attention_mask: None or [1 or R, 1, 1 or T, S]; n rows of queries that share their keys have one mask.
+
+    Returns:
+        Output [R, T, H, D], and None for the weights.
     """
     beams, length = query.shape[0] // key.shape[0], query.shape[2]
     mask = attention_mask
     if beams > 1 and mask is not None and mask.shape[0] > 1:
         mask = mask[::beams]
-    if dropout == 0.0 and decode.why_not(query, key, value, mask) is None:
+    if dropout == 0.0 and decode_native.why_not(query, key, value, mask) is None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        decoded = decode.decode_attention(query, key, value, mask, scale)
+        decoded = decode_native.decode_attention(query, key, value, mask, scale)
         if decoded is not None:
             return decoded.transpose(1, 2), None
     if beams > 1:
-        # The beams of a sentence as queries of one row.
+        # The beams of a sentence as queries of one row, whose order is not that of time.
         query = query.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)
         mask = mask if mask is None or mask.shape[2] == 1 else mask.repeat(1, 1, beams, 1)
         kwargs["is_causal"] = False
@@ -63,42 +68,46 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 @contextmanager
-def lean_decoding(model: Any, num_beams: int, choose_attention: bool = True) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Within it, `generate` is cheaper; gives a function that makes the arguments that each call of it is to have.
+def lean_decoding(model: Any, own_attention: bool = True, **generation: Any) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Within it, `generate` is cheaper; gives a function that makes the arguments that each call of it is to have,
+    beside the inputs.
 
     Args:
-        num_beams: that `generate` will get.
-        choose_attention: whether attention of the backends `eager` and `sdpa` may be `decoding_attention`.
+        own_attention: whether attention of the backends `eager` and `sdpa` may be `decoding_attention`.
+        generation: settings in the place of those in the model's generation config, such as `num_beams`.
     """
-    config, processors = lean_generation(model.generation_config)
+    config = copy.deepcopy(model.generation_config)
+    config.update(**generation)
+    config, processors = lean_generation(config)
     before = model.config._attn_implementation
-    chosen = choose_attention and before in ("eager", "sdpa")
+    own = own_attention and before in ("eager", "sdpa")
     decoder = model.config.get_text_config(decoder=True)
     # A config that wants no cache, or one of another kind, has its way.
     cached = config.use_cache is not False and config.cache_implementation is None
-    beams = num_beams if chosen and _source_is_shared(model) else 1
+    num_beams = int(config.num_beams or 1) if own and _may_share_source(model) else 1
 
     def arguments() -> dict[str, Any]:
-        cache = {"past_key_values": BeamCache(decoder, beams)} if cached else {}
+        cache = {"past_key_values": BeamCache(decoder, num_beams)} if cached else {}
         return {"generation_config": config, "logits_processor": processors, **cache}
 
-    if chosen:
+    if own:
         model.set_attn_implementation(IMPLEMENTATION)
     try:
         yield arguments
     finally:
-        if chosen:
+        if own:
             model.set_attn_implementation(before)
 
 
-def _source_is_shared(model: nn.Module) -> bool:
-    """Whether the attention over the source is stock everywhere: a patched one takes its keys for each beam."""
+def _may_share_source(model: nn.Module) -> bool:
+    """Whether the attention over the source, by its name in Marian and its relatives, is stock everywhere: a patched one
+    takes its keys for each beam."""
     over_source = [module for name, module in model.named_modules() if name.endswith("encoder_attn")]
     return bool(over_source) and not any(hasattr(module, "attnpatch") for module in over_source)
 
 
 class ForbidTokens(LogitsProcessor):
-    """Gives some tokens the score -inf, in place: in one pass over nothing but them."""
+    """Gives some tokens the score -inf, in place; transformers' own processors pass over all scores for it."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = torch.tensor(tokens)
@@ -109,7 +118,7 @@ class ForbidTokens(LogitsProcessor):
 
 
 def lean_generation(config: Any) -> tuple[Any, LogitsProcessorList]:
-    """A copy of a generation config, and processors that do what was taken out of it.
+    """A generation config, and processors that do what was taken out of the one that was given.
 
     `bad_words_ids` adds a whole matrix of zeros and -inf to the scores of every step. Of single tokens it is replaced.
     """

@@ -175,7 +175,7 @@ def _trainer(
         label_smoothing=config.training.label_smoothing,
         eval_max_tokens=config.generation.max_tokens,
         dev_scores=dev_scores,
-        fused_decoding=config.training.attention == "auto",
+        own_attention=config.training.attention == "auto",
         text=train,
     )
 

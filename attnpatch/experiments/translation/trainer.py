@@ -22,7 +22,7 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
         label_smoothing: epsilon of the uniform part of the target distribution.
         eval_max_tokens: padded positions in an evaluation batch.
         dev_scores: given the trainer, extra figures for an evaluation during training (BLEU of the dev set).
-        fused_decoding: whether a model that trains with `eager` or `sdpa` may translate with faster attention.
+        own_attention: whether a model that trains with `eager` or `sdpa` may translate with our attention.
         text: what the rows' column `row` counts in, for errors.
         The others are RunTrainer's.
 
@@ -37,13 +37,13 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
         label_smoothing: float = 0.0,
         eval_max_tokens: int = 4096,
         dev_scores: Any = None,
-        fused_decoding: bool = False,
+        own_attention: bool = False,
         text: ParallelText | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.label_smoothing = label_smoothing
-        self.fused_decoding = fused_decoding
+        self.own_attention = own_attention
         self.eval_max_tokens = eval_max_tokens
         self.dev_scores = dev_scores
         self.text = text
@@ -103,13 +103,13 @@ class TranslationTrainer(RunTrainer, Seq2SeqTrainer):
         pad = self.model.config.pad_token_id
         with (
             self.evaluating() as model,
-            lean_decoding(model, beams, self.fused_decoding) as arguments,
+            lean_decoding(model, self.own_attention, **generation) as arguments,
             torch.no_grad(),
         ):
             sources = data.select_columns(["input_ids"])
             for indices, batch, counts in self._my_batches(sources, data["source_length"], max(max_tokens // beams, 1)):
                 with self.accelerator.autocast():
-                    ids = model.generate(**batch, **arguments(), **generation, synced_gpus=self.sharded)
+                    ids = model.generate(**batch, **arguments(), synced_gpus=self.sharded)
                 if not counts:
                     continue
                 for index, row in zip(indices, ids.tolist(), strict=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnpatch.kernels import compiled, decode, dispatch
+from attnpatch.kernels import compiled, decode_native, dispatch
 from attnpatch.kernels.score import KERNELS, kernel_attention, plain_attention
 
 compiles = pytest.mark.skipif(compiled.unwanted() is not None, reason=f"no compiled code: {compiled.unwanted()}")
@@ -49,11 +49,11 @@ def test_single_queries_are_exact(seed: int, kernel: str, dtype: torch.dtype, la
         keep = torch.rand(rows if mask == "rows" else 1, 1, 1, keys) < 0.7
         keep[..., random.randrange(keys)] = True
         keep &= mask != "nothing seen"
-    assert decode.why_not(query, key, value, keep) is None
+    assert decode_native.why_not(query, key, value, keep) is None
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(random.choice([1, 2]))
-        found = decode.decode_attention(query, key, value, keep, scale, kernel, degree)
+        found = decode_native.decode_attention(query, key, value, keep, scale, kernel, degree)
     finally:
         torch.set_num_threads(before)
     assert found is not None
@@ -69,18 +69,26 @@ def test_what_is_hidden_does_not_matter_and_what_is_seen_does(seed: int, kernel:
     query, key, value = (draw(6, 2, n, 16, "places", torch.float32) for n in (1, 9, 9))
     keep = torch.ones(6, 1, 1, 9, dtype=torch.bool)
     keep[..., 4] = False
-    wanted = decode.decode_attention(query, key, value, keep, 1.0, kernel)
+    wanted = decode_native.decode_attention(query, key, value, keep, 1.0, kernel)
     for hidden in (torch.inf, torch.nan, 0.0):
         key[:, :, 4], value[:, :, 4] = hidden, hidden
-        found = decode.decode_attention(query, key, value, keep, 1.0, kernel)
+        found = decode_native.decode_attention(query, key, value, keep, 1.0, kernel)
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
     for poisoned in (query[0, 0, 0], key[0, 0, 2], value[0, 0, 2]):
         before = poisoned[3].item()
         poisoned[3] = torch.nan
-        found = kernel_attention(query, key, value, keep, kernel=kernel)
+        found = decoded_or_plain(query, key, value, keep, kernel)
         assert found[0, 0].isnan().any()
         assert not found[1:].isnan().any()
         poisoned[3] = before
+
+
+def decoded_or_plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: str) -> Tensor:
+    found = decode_native.decode_attention(query, key, value, mask, 1.0, kernel)
+    if found is None:
+        assert kernel != "softmax"
+        return plain_attention(query, key, value, mask, 0.0, False, 1.0, kernel=kernel)
+    return found
 
 
 @compiles
@@ -91,21 +99,24 @@ def test_scores_of_any_size(seed: int, kernel: str, size: float) -> None:
     query, key, value = (draw(3, 2, n, 8, "rows", torch.float32) for n in (1, 7, 7))
     key[1] = -query[1].sign() * key[1].abs()
     key = key * size
-    wanted = plain_attention(query, key, value, None, 0.0, False, 1.0, kernel=kernel, degree=2)
-    found = kernel_attention(query, key, value, scale=1.0, kernel=kernel)
-    # At large scores the rounding of a score is as large as a softmax is steep.
-    torch.testing.assert_close(
-        found, wanted, rtol=1e-4, atol=1e-5 if size < 1e4 or kernel not in ("softmax", "elu") else 0.1
-    )
-    alone = decode.decode_attention(query, key, value, None, 1.0, kernel)
+    largest = float((query.double() @ key.double().mT).abs().max())
+    found = decoded_or_plain(query, key, value, None, kernel)
+    # What is exponential in a score has the score's rounding for its relative error.
+    rounding = 1e-6 * largest if kernel in ("softmax", "elu") else 0.0
+    if rounding < 0.1 and size > 1e-18:  # below, float32's rows are uniform
+        wanted = exact(query, key, value, None, 1.0, kernel, 2)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4 + rounding, atol=1e-5 + rounding)
+    else:
+        torch.testing.assert_close(found, plain_attention(query, key, value, None, 0.0, False, 1.0, kernel=kernel))
+    alone = decode_native.decode_attention(query, key, value, None, 1.0, kernel)
     assert alone is not None or (kernel != "softmax" and not 1e-4 <= size <= 1e12)
 
 
 @compiles
 def test_the_automatic_choice_decodes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = decode.decode_attention
-    monkeypatch.setattr(decode, "decode_attention", lambda *args: calls.append(args) or real(*args))
+    real = decode_native.decode_attention
+    monkeypatch.setattr(decode_native, "decode_attention", lambda *args: calls.append(args) or real(*args))
     query, key, value = (torch.randn(3, 2, n, 8) for n in (1, 7, 7))
     kernel_attention(query, key, value, kernel="expressive")
     assert len(calls) == 1
@@ -115,6 +126,8 @@ def test_the_automatic_choice_decodes(seed: int, monkeypatch: pytest.MonkeyPatch
     with dispatch.use_implementation("plain"):
         kernel_attention(query, key, value, kernel="expressive")
     kernel_attention(query, key, value, kernel="expressive", implementation="plain")
+    kernel_attention(query, key, value, kernel="softmax")
+    kernel_attention(query, key, value, kernel="softmax", implementation="auto")
     kernel_attention(query, key, value, is_causal=True, kernel="expressive")
     kernel_attention(query, key, value, dropout_p=0.1, kernel="expressive")
     kernel_attention(query[:, :, 0], key[:, 0], value[:, 0], kernel="expressive")
@@ -142,9 +155,9 @@ def test_single_queries_say_what_they_do_not_take(seed: int) -> None:
         ((q.clone().requires_grad_(), k, v, None), "gradient"),
         ((q.to("meta"), k, v, None), "CPU"),
     ):
-        assert reason in str(decode.why_not(*arguments))
+        assert reason in str(decode_native.why_not(*arguments))
     with torch.no_grad():
-        assert "gradient" not in str(decode.why_not(q.clone().requires_grad_(), k, v, None))
+        assert "gradient" not in str(decode_native.why_not(q.clone().requires_grad_(), k, v, None))
 
 
 @compiles

@@ -1,13 +1,14 @@
 """Attention of single queries on the CPU, in C: a step of generation.
 
 torch's fused softmax kernel is made for blocks of queries. With one for each row it takes several times as long as
-reading the keys and values does, most of all in bfloat16 (docs/performance.md). Other score kernels are ten passes over
-as few numbers.
+reading the keys and values does, most of all in bfloat16 (docs/performance.md, "One layer, and generating"). The other
+score kernels would be some ten passes of torch over as few numbers.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -25,16 +26,16 @@ _FEW = 2**16
 class _Tensor(ctypes.Structure):
     """`struct tensor` of decode_native.c."""
 
-    _fields_ = [("data", ctypes.c_void_p), *[(x, ctypes.c_long) for x in ("row", "head", "place")]]
+    _fields_ = [("data", ctypes.c_void_p), *[(x, ctypes.c_long) for x in ("row", "head", "position")]]
 
 
 class _Mask(ctypes.Structure):
     """`struct mask` of decode_native.c."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("row", ctypes.c_long), ("place", ctypes.c_long)]
+    _fields_ = [("data", ctypes.c_void_p), ("row", ctypes.c_long), ("position", ctypes.c_long)]
 
 
-_SIZES = ("n_rows", "n_heads", "n_keys", "head_dim", "value_dim", "share")
+_SIZES = ("n_rows", "n_heads", "n_keys", "head_dim", "value_dim", "rows_per_key_row")
 
 
 class _Call(ctypes.Structure):
@@ -42,7 +43,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = [
         *[(x, _Tensor) for x in ("query", "key", "value")],
-        ("keep", _Mask),
+        ("mask", _Mask),
         ("output", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
         *[(x, ctypes.c_long) for x in ("threads", "space", *_SIZES, "kernel", "degree")],
@@ -51,7 +52,11 @@ class _Call(ctypes.Structure):
 
 
 def why_not(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
-    """Why `decode_attention` cannot serve a call, or None if it can."""
+    """Why `decode_attention` cannot serve a call, or None if it can.
+
+    Raises:
+        SpecError: ATTNPATCH_NATIVE has no such value.
+    """
     tensors = (query, key, value)
     if query.dim() != 4 or query.shape[2] != 1:
         return "it takes one query for each row"
@@ -68,7 +73,7 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
         shape = mask.shape
         if mask.dtype != torch.bool or len(shape) != 4 or shape[0] not in (1, len(key)) or shape[1:3] != (1, 1):
             return "it takes masks of keys, bool [1 or R, 1, 1, S]"
-        if shape[3] != key.shape[2] or mask.device.type != "cpu":
+        if shape[3] != key.shape[2] or type(mask) is not Tensor or mask.device.type != "cpu":
             return f"a mask {tuple(shape)} on {mask.device} does not fit"
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "it has no gradient"
@@ -92,7 +97,9 @@ def decode_attention(
     kernel: str = "softmax",
     degree: int = 2,
 ) -> Tensor | None:
-    """Output [R, H, 1, Dv] in the query's dtype, computed in float32, for what `why_not` has no objection to.
+    """Output [R, H, 1, Dv] in the query's dtype, computed in float32.
+
+    It checks nothing: for arguments that `why_not` has an objection to it would read foreign memory.
 
     Args:
         query: [R, H, 1, D], float32 or bfloat16.
@@ -105,8 +112,6 @@ def decode_attention(
         None if float32 cannot sum the weights of a row as they are, which softmax never comes to.
     """
     rows, heads, _, head_dim = query.shape
-    code: Any = library("decode_native")
-    attend = code[f"{_DTYPES[query.dtype]}_attend"]
     output = query.new_empty(rows, heads, 1, value.shape[-1])
     parallel = openmp() is not None and rows * heads * key.shape[2] * head_dim > _FEW
     threads = torch.get_num_threads() if parallel else 1
@@ -126,6 +131,14 @@ def decode_attention(
         **dict(zip(_SIZES, sizes, strict=True)),
     )
     if mask is not None:
-        call.keep = _Mask(mask.data_ptr(), mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(3))
+        call.mask = _Mask(mask.data_ptr(), mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(3))
+    return output if _function(query.dtype)(ctypes.byref(call)) else None
+
+
+@functools.lru_cache
+def _function(dtype: torch.dtype) -> Any:
+    """`NAME_attend` of decode_native.c: 1 if all rows are done."""
+    code: Any = library("decode_native")
+    attend = code[f"{_DTYPES[dtype]}_attend"]
     attend.argtypes, attend.restype = (ctypes.POINTER(_Call),), ctypes.c_int
-    return output if attend(ctypes.byref(call)) else None
+    return attend
