@@ -438,13 +438,10 @@ def test_networks_by_parts_equal_autograd(kind, adversary, frozen, monkeypatch):
 @pytest.mark.parametrize("kind", [an.Discriminator, an.Navigator, an.Critic])
 def test_networks_in_float32(seed, kind, layout, onednn, monkeypatch):
     """By either library's products, whatever the memory looks like."""
-    if onednn:
-        op = getattr(getattr(torch.ops, "mkldnn", None), "_linear_pointwise", None)
-        if op is None or not torch.backends.mkldnn.is_available():
-            pytest.skip("this torch has no oneDNN")
-        monkeypatch.setattr(products, "_onednn", lambda: op)
-    else:
-        monkeypatch.setattr(products, "_onednn", lambda: None)
+    operator = products.operator() if onednn else None
+    if onednn and (operator is None or not torch.backends.mkldnn.is_available()):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "_onednn", lambda: operator)
     monkeypatch.setattr(an, "_TOKENS", random.choice([7, 60, 1000]))
     dim, hidden = random.choice([(64, 64), (20, 40), (33, 17), (6, 50)])
     net, exact = kind(dim, hidden), kind(dim, hidden).double()
@@ -521,6 +518,8 @@ def test_products(seed, then, shape):
         torch.testing.assert_close(products.linear(x, weight, given, then).double(), wanted, rtol=1e-4, atol=1e-5)
         exact = products.linear(x.double(), weight.double(), None if given is None else given.double(), then)
         torch.testing.assert_close(exact, wanted)
+    with pytest.raises(KeyError, match="gelu"):
+        products.linear(x, weight, bias, "gelu")
 
 
 @pytest.mark.parametrize("adversary", [False, True])

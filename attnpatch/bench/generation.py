@@ -1,7 +1,7 @@
 """What generating costs: each variant's Marian over the stock one, with the cache, greedy and with 5 beams.
 
 queries attention of single queries, those of a step, in C over F.scaled_dot_product_attention; keys lie in memory as
-        the cache of translation has them
+        the cache of translation has them, for each row or once for the beams of a sentence
 marian  both sides generate the same number of tokens (min_length = max_length) of a batch with padding, the models
         with random weights: time, tokens a second, peak memory. Variants that only add a training loss are left out
 """
@@ -86,35 +86,38 @@ def generate(settings: Settings) -> dict[str, Any]:
     return results
 
 
-ROWS, HEADS, HEAD_DIM = 240, 4, 64
-"""Of single queries: beams of a batch, as the training script translates a test set."""
+ROWS, HEADS, HEAD_DIM, SHARED = 240, 4, 64, 5
+"""Of single queries: beams of a batch, as the training script translates a test set, and how many share a source."""
 
 
 def queries(settings: Settings) -> dict[str, Any]:
-    """Raises BenchmarkError: a result is wrong, or there is no compiled code."""
+    """Raises BenchmarkError: a result is wrong."""
     import torch
     import torch.nn.functional as F
 
-    from attnpatch.kernels import decode_native
+    from attnpatch.kernels import compiled, decode_native
     from attnpatch.kernels.score import plain_attention
 
-    results: dict[str, Any] = {"peer": "F.scaled_dot_product_attention, softmax, of the same dtype"}
+    if reason := compiled.why_not("decode_native"):
+        return {"left_out": f"attention of single queries is not compiled: {reason}"}
+    results: dict[str, Any] = {"peer": "F.scaled_dot_product_attention, softmax, of the same dtype, keys once a row"}
     torch.manual_seed(0)
-    for dtype, keys, kernel in itertools.product(
-        (torch.float32, torch.bfloat16), (16, 48, 256), ("softmax", "expressive")
-    ):
+    scale = HEAD_DIM**-0.5
+    kinds = (("softmax", 1), ("softmax", SHARED), ("expressive", 1))
+    for dtype, keys, (kernel, shared) in itertools.product((torch.float32, torch.bfloat16), (16, 48, 256), kinds):
         query = torch.randn(ROWS, HEADS, 1, HEAD_DIM).to(dtype)
-        key, value = (torch.randn(keys, ROWS, HEADS, HEAD_DIM).to(dtype).permute(1, 2, 0, 3) for _ in range(2))
-        mask = torch.ones(ROWS, 1, 1, keys, dtype=torch.bool)
-        mask[::2, ..., -keys // 4 :] = False
-        if reason := decode_native.why_not(query, key, value, mask):
-            raise BenchmarkError(f"attention of single queries is not compiled: {reason}")
-        label = f"{kernel} {str(dtype).removeprefix('torch.')}, {keys} keys"
-        ours = partial(decode_native.decode_attention, query, key, value, mask, HEAD_DIM**-0.5, kernel)
-        peer = partial(F.scaled_dot_product_attention, query, key, value, mask)
-        wanted = plain_attention(
-            query.double(), key.double(), value.double(), mask, 0.0, False, HEAD_DIM**-0.5, kernel=kernel
+        key, value = (
+            torch.randn(keys, ROWS // shared, HEADS, HEAD_DIM).to(dtype).permute(1, 2, 0, 3) for _ in range(2)
         )
+        mask = torch.ones(ROWS // shared, 1, 1, keys, dtype=torch.bool)
+        mask[::2, ..., -keys // 4 :] = False
+        keys_of_all, values_of_all, mask_of_all = (x.repeat_interleave(shared, 0) for x in (key, value, mask))
+        ours = partial(decode_native.decode_attention, query, key, value, mask, scale, kernel)
+        peer = partial(F.scaled_dot_product_attention, query, keys_of_all, values_of_all, mask_of_all)
+        name = f"{kernel}, keys once for {shared} rows" if shared > 1 else kernel
+        label = f"{name}, {str(dtype).removeprefix('torch.')}, {keys} keys"
+        q, k, v = (x.double() for x in (query, keys_of_all, values_of_all))
+        wanted = plain_attention(q, k, v, mask_of_all, 0.0, False, scale, kernel=kernel)
         check_close(label, ours(), wanted, 1e-5 if dtype == torch.float32 else 1e-2)
         results[label] = compare(_often(ours), _often(peer), settings.repeats)
         settings.say(f"{label}: {results[label]['ratio']['median']:.2f} times SDPA")

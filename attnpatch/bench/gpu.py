@@ -308,15 +308,16 @@ def selection(gpu_run: GpuRun) -> None:
     from attnpatch.kernels import dispatch
 
     layers, hidden, batch, tokens = (1, 64, 2, 40) if gpu_run.dry else (12, 768, 64, 512)
-    for word, spec in specs().items():
-        for form in ("triton", "plain") if word.startswith(("top_r", "value_aware")) else ():
+    model = roberta(layers, hidden)
+    selectors = {word: spec for word, spec in specs().items() if word.startswith(("top_r", "value_aware"))}
+    for word, spec in selectors.items():
+        for form in ("triton", "plain"):
             if gpu_run.left() < 15 and not gpu_run.dry:
                 gpu_run.results.setdefault("selection", {})["left_out"] = (
                     f"from {word}, {form} on: the budget was spent"
                 )
                 return
             with dispatch.use_implementation(form):
-                model = roberta(layers, hidden)
                 _step(gpu_run, "selection", f"{word}, {form}", "RoBERTa", model, spec, batch, tokens)
 
 
@@ -368,9 +369,8 @@ def idle(gpu_run: GpuRun) -> None:
     from attnpatch.bench.toolkit import bench_idle
 
     settings = gpu_run.settings
-    # A pair takes as long as starting two processes does.
-    repeats = 1 if gpu_run.dry else 3
-    found = bench_idle(Settings(repeats, settings.threads, settings.device, None, settings.say), least=1)
+    # Few: two processes that start CUDA are most of what a pair takes.
+    found = bench_idle(settings, pairs=1 if gpu_run.dry else 3)
     gpu_run.results["idle"] = found
     settings.say(f"a stock step with attnpatch imported: {found['ratio']['median']:.3f} times that without")
 

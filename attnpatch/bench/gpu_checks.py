@@ -67,7 +67,7 @@ def _done(work: Work) -> dict[str, Any]:
         with untuned():
             if kind != COMPILE:
                 return {**label, "errors": CHECKS[kind][1](case, device, dry)}
-            _compile(case, device)
+            COMPILERS[case[0]](*case[1:], device)
             return label
     except Exception as error:
         return {**label, "error": f"{type(error).__name__}: {error}"[:600]}
@@ -198,6 +198,7 @@ def check_select(case: tuple[str, str, int, int, int, str, str], device: str, dr
     import torch
 
     from attnpatch.kernels import dispatch, score, select
+    from attnpatch.kernels.select_blocked import Rule
 
     criterion, kernel, degree, r, dim, name, kind = case
     dtype = getattr(torch, name)
@@ -236,7 +237,7 @@ def check_select(case: tuple[str, str, int, int, int, str, str], device: str, dr
             raise BenchmarkError(f"the fused selection does not serve this: {reason}")
         output = attend(*leaves)
         found = (output, *torch.autograd.grad(output, leaves, g))
-    rule = dispatch.select_triton.Rule(kernel, degree, scale, kind == "causal", r, criterion, 0.0)
+    rule = Rule(kernel, degree, scale, kind == "causal", r, criterion, 0.0)
     full = None if mask is None else mask.expand(*mask.shape[:-1], n_keys)
     index = dispatch.select_triton.selected_forward(q, k, v, full, None, rule, True)[2].mT.long()
     listed = (index >= 0).double()
@@ -374,33 +375,45 @@ CHECKS: dict[str, tuple[Callable[[bool], Sequence[tuple[Any, ...]]], Callable[..
 }
 """The cases of each kind of kernel, by whether the run is dry, and their check."""
 
-CALLS: tuple[tuple[Any, ...], ...] = ((256, False, 0.0), (2048, False, 0.0), (256, True, 0.1), (256, True, 0.0))
-CALLS += (("weight", 128), ("centered", 128))
-"""Kinds of calls that are timed later: queries and keys, whether there is a mask, and dropout; or how keys are selected
-in a model that is trained, queries and keys."""
 
-
-def _compile(case: tuple[Any, ...], device: str) -> None:
+def _compile_attention(length: int, masked: bool, dropout_p: float, device: str) -> None:
+    """Queries and keys of that length."""
     import torch
 
-    from attnpatch.kernels import dispatch, score, select
+    from attnpatch.kernels import score
 
-    if isinstance(case[0], str):
-        criterion, length = case
-        x = torch.randn(2, length, 2, 64, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
-        mask = torch.ones(2, 1, length, length, device=device, dtype=torch.bool)
-        with dispatch.use_implementation("triton"):
-            if criterion == "weight":
-                output = select.top_r_attention(x, x, x, mask, 0.1, r=16)
-            else:
-                output = select.value_aware_attention(x, x, x, mask, 0.1, r=16, selector=criterion)
-        torch.autograd.grad(output.sum(), x)
-        return
-    length, masked, dropout_p = case
-    keep = torch.ones(1, 1, length, length, device=device, dtype=torch.bool) if masked else None
+    mask = torch.ones(1, 1, length, length, device=device, dtype=torch.bool) if masked else None
     q, k, v = (torch.randn(1, 2, length, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    output = score.expressive_attention(q, k, v, keep, dropout_p)
+    output = score.expressive_attention(q, k, v, mask, dropout_p)
     torch.autograd.grad(output.sum(), (q, k, v))
+
+
+def _compile_selection(criterion: str, length: int, device: str) -> None:
+    """In the layout and with the mask and dropout of a model that is trained."""
+    import torch
+
+    from attnpatch.kernels import dispatch, select
+
+    x = torch.randn(2, length, 2, 64, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+    mask = torch.ones(2, 1, length, length, device=device, dtype=torch.bool)
+    with dispatch.use_implementation("triton"):
+        if criterion == "weight":
+            output = select.top_r_attention(x, x, x, mask, 0.1, r=16)
+        else:
+            output = select.value_aware_attention(x, x, x, mask, 0.1, r=16, selector=criterion)
+    torch.autograd.grad(output.sum(), x)
+
+
+COMPILERS: dict[str, Callable[..., None]] = {"attention": _compile_attention, "selection": _compile_selection}
+CALLS: tuple[tuple[Any, ...], ...] = (
+    ("attention", 256, False, 0.0),
+    ("attention", 2048, False, 0.0),
+    ("attention", 256, True, 0.1),
+    ("attention", 256, True, 0.0),
+    ("selection", "weight", 512),
+    ("selection", "centered", 512),
+)
+"""Kinds of calls that are timed later: one of COMPILERS and its arguments."""
 
 
 def graph(device: str) -> str:

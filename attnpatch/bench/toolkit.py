@@ -65,12 +65,12 @@ print(json.dumps({{"seconds": time.perf_counter() - start}}))
     }
 
 
-def bench_idle(settings: Settings, least: int | None = None) -> dict[str, Any]:
-    """`least`: pairs of processes, if they are to be fewer than PAIRS on a CPU and one on a GPU, or more."""
+def bench_idle(settings: Settings, pairs: int | None = None) -> dict[str, Any]:
+    """`pairs` of processes; None: as many as there are repeats, and on a CPU at least PAIRS."""
     # By its path: as a module of this package it would import attnpatch.
     script = Path(__file__).with_name("stock_step.py")
     on_cpu = settings.device == "cpu"
-    pairs = max(least or (PAIRS if on_cpu else 1), settings.repeats)
+    pairs = pairs or max(PAIRS if on_cpu else 1, settings.repeats)
     found = child(script, str(pairs), str(TURNS), str(STEPS), settings.device)
     return {
         "peer": "the same step of a stock RoBERTa in a process without attnpatch",

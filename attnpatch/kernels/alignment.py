@@ -21,6 +21,7 @@ autocast.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +36,8 @@ from .alignment_networks import (
     Discriminator,
     Navigator,
     apply_network,
-    apply_pair,
     check_width,
+    loss_of_pair,
     serves_triton,
 )
 from .once import differentiable_once
@@ -187,12 +188,9 @@ def _conditional_transport(tokens: _Tokens, navigator: nn.Module | None, critic:
     Both directions share S and the cosines. Their gradients are taken at once, so that the T x S matrices of a
     few problems at a time are all that ever exists.
     """
-
-    def losses(moves: Tensor, features: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return _transport_losses(tokens, moves, features, True)
-
     if navigator is not None and critic is not None:
-        both = apply_pair(navigator, critic, tokens.x, losses)
+        transport = functools.partial(_transport_losses, tokens, needs_gradients=True)
+        both = loss_of_pair(navigator, critic, tokens.x, transport)
         if both is not None:
             return both
     moves = apply_network(navigator, tokens.x)
@@ -206,6 +204,7 @@ def _conditional_transport(tokens: _Tokens, navigator: nn.Module | None, critic:
 def _transport_losses(
     tokens: _Tokens, moves: Tensor, features: Tensor, needs_gradients: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss [B, H] of moved tokens and features [B, H, T + S, D], and its gradients with respect to both, or ()."""
     batch, heads, total, dim = tokens.x.shape
     length, many = tokens.length, batch * heads
     a = _shares(tokens, queries=True).repeat_interleave(heads, 0).unsqueeze(-1) / 2  # [B H, T, 1]
@@ -223,7 +222,7 @@ def _transport_losses(
         q_unit, k_unit = unit[:, :length], unit[:, length:]
         scores = torch.bmm(q_move, k_move.mT)
         if off is not None:
-            # Then their shares of a softmax are 0, and those of whole rows and columns are in a and b.
+            # Their weights are then 0; of rows and columns that are padding as a whole a or b is 0.
             scores.masked_fill_(off[part], torch.finfo(scores.dtype).min)
         cosine = torch.bmm(q_unit, k_unit.mT)
         forward = torch.softmax(scores, -1).mul_(a[part])

@@ -2,9 +2,10 @@
 are applied.
 
 The tokens of a layer are many and the networks narrow: on a CPU, memory traffic is most of their price. There they
-take some thousand tokens at a time, which stay in the cache, keep the input alone, and compute the rest again in
-the backward pass; on CUDA Triton's kernels do (`attnpatch.kernels.alignment_networks_triton`). Everywhere else, and for
-networks of other classes, it is autograd's business.
+take some thousand tokens at a time, which stay in the cache, keep the input alone (`ct` also its loss's gradients), and
+compute the rest again in the backward pass; on CUDA Triton's kernels do
+(`attnpatch.kernels.alignment_networks_triton`). Everywhere else, and for networks of other classes, it is autograd's
+business.
 """
 
 from __future__ import annotations
@@ -171,6 +172,9 @@ def _is_ours(module: nn.Module) -> bool:
     return not torch._C._are_functorch_transforms_active()
 
 
+_WEIGHTS = 6  # that `_ordered` gives
+
+
 def _ordered(module: Any) -> list[Tensor | None]:
     """Weights and biases in the order of `_Narrow`: the highway's two layers as one, or None, then inner and outer."""
     both: list[Tensor | None] = [None, None]
@@ -201,7 +205,7 @@ class _Narrow(torch.autograd.Function):
         return gradients[0], None, None, *gradients[1:]
 
 
-def apply_pair(
+def loss_of_pair(
     navigator: nn.Module,
     critic: nn.Module,
     x: Tensor,
@@ -223,23 +227,24 @@ def apply_pair(
 
 
 class _Pair(torch.autograd.Function):
-    """See `apply_pair`: what two `_Narrow` and a product of gradients would be, in one pass over the tokens each."""
+    """See `loss_of_pair`: what two `_Narrow` and a product of gradients would be, in one pass over the tokens each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Any, *weights: Any) -> Tensor:
-        value, gradients = loss(_applied(x, weights[:6]), _applied(x, weights[6:]))
+        value, gradients = loss(_applied(x, weights[:_WEIGHTS]), _applied(x, weights[_WEIGHTS:]))
         ctx.save_for_backward(x, *weights, *gradients)
         return value
 
     @staticmethod
     @differentiable_once("this alignment loss (ct)")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
+        x, *saved, d_moves, d_features = ctx.saved_tensors
         needs_x, _, *needed = ctx.needs_input_grad
+        of_navigator, of_critic = [needs_x, *needed[:_WEIGHTS]], [needs_x, *needed[_WEIGHTS:]]
         scale = grad[..., None].expand(x.shape[:-1]).reshape(-1, 1)
         with torch.autocast("cpu", enabled=False):
-            first = _by_parts(x, saved[:6], saved[12], [needs_x, *needed[:6]], 1.0, scale)
-            second = _by_parts(x, saved[6:12], saved[13], [needs_x, *needed[6:]], -1.0, scale, onto=first[0])
+            first = _by_parts(x, saved[:_WEIGHTS], d_moves, of_navigator, 1.0, scale)
+            second = _by_parts(x, saved[_WEIGHTS:], d_features, of_critic, -1.0, scale, onto=first[0])
         return first[0], None, *first[1:], *second[1:]
 
 
@@ -250,6 +255,7 @@ def _applied(x: Tensor, weights: Sequence[Any]) -> Tensor:
     out = rows.new_empty(rows.shape[0], w_out.shape[0])
     for part in _parts(rows):
         *_, hidden = _hidden(rows[part], weights)
+        # In its place: a copy would cost what a faster product gains.
         torch.addmm(b_out, hidden, w_out.t(), out=out[part])
     return out.view(*x.shape[:-1], w_out.shape[0])
 
@@ -257,6 +263,7 @@ def _applied(x: Tensor, weights: Sequence[Any]) -> Tensor:
 def _by_autograd(
     x: Tensor, weights: Sequence[Any], grad: Tensor, needed: Sequence[bool], sign: float
 ) -> list[Tensor | None]:
+    """The same as `_by_parts`, by operations that can be differentiated again."""
     used: list[Any] = [None if w is None else gradient_reversal(w, -sign) for w in weights]
     w_both, b_both, w_in, b_in, w_out, b_out = used
     mixed = x

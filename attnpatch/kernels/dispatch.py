@@ -13,8 +13,8 @@ The choice is automatic; single queries, as in a step of generation, are then co
 The pairwise sum of query_value and the alignment losses gan and ct are fused in Triton where `triton` or the automatic
 choice is asked for and it can serve (on a CPU, in Triton's interpreter, `triton` alone), and torch's elsewhere.
 
-The selections top_r and value_aware (norm, centered) are fused in Triton where `triton` is asked for: the kernels have
-not yet been checked on a GPU. `auto` and `blocked` select block by block on a CPU; the rest is plain.
+The selections top_r and value_aware (norm, centered) are fused in Triton where `triton` is asked for and can serve;
+`auto` and `blocked` select block by block on a CPU; the rest is plain.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attnpatch.errors import SpecError
-from attnpatch.kernels import compiled, decode_native, score_blocked, score_native
+from attnpatch.kernels import compiled, decode_native, products, score_blocked, score_native
 from attnpatch.kernels.score import check_name, default_scale, plain_attention
 from attnpatch.kernels.score_blocked import blocked_attention_op
 from attnpatch.kernels.triton_here import INSTALLED, TUNE_VARIABLE, USABLE, why_not_here
@@ -280,6 +280,8 @@ def describe() -> dict[str, object]:
     found["compiled code of blocked"] = compiled.why_not("score_native") or wanted
     found["compiled attention of single queries"] = compiled.why_not("decode_native") or "yes"
     found["compiled search of value_aware"] = compiled.why_not("select_exact") or "yes"
+    reason = products.why_not_onednn()
+    found["products of alignment on cpu"] = "oneDNN" if reason is None else f"torch ({reason})"
     if reason := why_not_here():
         found["triton"] = reason
     else:

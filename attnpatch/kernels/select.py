@@ -207,6 +207,7 @@ def _fused(
     q, k, v, mask = dispatch.four_dimensions(query, key, value, attn_mask)
     kept = None
     if dropout_p > 0.0:
+        # As each form holds its lists: r keys of a query side by side, or the queries of a place in the list.
         lists = (*q.shape[:-1], r) if form == "blocked" else (*q.shape[:2], r, q.shape[2])
         kept = torch.empty(lists, dtype=torch.bool, device=q.device).bernoulli_(1.0 - dropout_p)
     arguments = (q, k, v, mask, kept, kernel, degree, factor, is_causal, r, criterion, dropout_p, training)

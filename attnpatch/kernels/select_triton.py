@@ -12,13 +12,12 @@ choice), since a product on tensor cores costs less than the sort that the choic
 plain form's where two keys are apart by less than the rounding of float32; softmax by weight is ranked by its scores,
 which tell apart more than its weights do.
 
-The kernels have been run in Triton's interpreter and compiled for compute capability 9.0, and not yet run on a GPU:
-`attnpatch.kernels.dispatch` takes them only when they are asked for.
+What has been checked of them: `attnpatch.kernels.dispatch.why_not_fused_selection`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,7 +31,7 @@ from attnpatch.kernels.select_blocked import Rule
 from attnpatch.kernels.triton_here import INTERPRETED, why_not_on
 
 MAX_R = 128
-"""From here on the sort of one block of keys would not fit the registers."""
+"""Above it the sort of one block of keys would not fit the registers."""
 
 _KERNELS = {"softmax": device.SOFTMAX, "expressive": device.EXPRESSIVE, "polynomial": device.POLYNOMIAL}
 _KERNELS |= {"elu": device.ELU}
@@ -64,7 +63,7 @@ def _power_of_two(n: int, least: int) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
-# Block sizes, chosen so that (almost) nothing spills when compiled for compute capability 9.0; not yet timed.
+# Block sizes, chosen so that (almost) nothing spills when compiled for compute capability 9.0, and not by timing.
 _SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 
 
@@ -144,15 +143,23 @@ def _exact(x: Tensor) -> str:
     return "tf32x3" if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) else "ieee"
 
 
-def _statistics(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """What `_select` wants beside the inputs: norms of values, scale, peak, uniform, mean. What is not needed is a
-    tensor to point at."""
+class _Statistics(NamedTuple):
+    """What `_select` wants beside the inputs; what a call has no use for is a tensor to point at."""
+
+    norm: Tensor  # of values, [B, H, S]
+    scale: Tensor  # what a row's scores are divided or shifted by, [B, H, T]
+    peak: Tensor  # a row's largest bias, [B, H, T]
+    uniform: Tensor  # whether its weights do not depend on scores, int8 [B, H, T]
+    mean: Tensor  # of the values that it sees, [B, H, T, Dv]
+
+
+def _statistics(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> _Statistics:
     rule, rows = call.rule, query.shape[:3]
     norm = scale = peak = uniform = mean = query
     if rule.criterion != "weight":
         norm = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32).contiguous()
     if rule.kernel == "softmax" and rule.criterion == "weight":
-        return norm, scale, peak, uniform, mean
+        return _Statistics(norm, scale, peak, uniform, mean)
     scale = query.new_empty(rows, dtype=torch.float32)
     if rule.kernel != "softmax":
         uniform = query.new_empty(rows, dtype=torch.int8)
@@ -166,7 +173,7 @@ def _statistics(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> tuple
         **call.kernel, CRITERION=_CRITERIA[rule.criterion].value, CAUSAL=rule.is_causal, **call.masks, **call.sizes,
         **blocks, PRECISION=call.precision,
     )  # fmt: skip
-    return norm, scale, peak, uniform, mean
+    return _Statistics(norm, scale, peak, uniform, mean)
 
 
 def empty_outputs(query: Tensor, key: Tensor, value: Tensor, rule: Rule, training: bool) -> Forward:
@@ -204,11 +211,11 @@ def selected_forward(
         )  # fmt: skip
         blocks = list_blocks(rule.r, call.block_d)
         device._attend[call.grid(call.n_queries, blocks["BLOCK_M"])](
-            query, key, value, call.mask, found[3], chosen, _bytes(kept, query), output, weights,
+            query, key, value, call.mask, found.uniform, chosen, _bytes(kept, query), output, weights,
             *inputs, *output.stride(), *call.lengths, rule.scale, rule.dropout_factor,
             **call.kernel, **call.masks, **call.dropout, TRAINING=training, **call.sizes, **call.lists, **blocks,
         )  # fmt: skip
-    return output, weights, index, found[3] if uniform.numel() else uniform
+    return output, weights, index, found.uniform if uniform.numel() else uniform
 
 
 def _bytes(kept: Tensor | None, otherwise: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def lean_decoding(model: Any, own_attention: bool = True, **generation: Any) -> 
 
 
 def _may_share_source(model: nn.Module) -> bool:
-    """Whether the attention over the source, by its name in Marian and its relatives, is stock everywhere: a patched one
+    """Whether attention over the source, by its name in Marian and its relatives, is stock everywhere: a patched one
     takes its keys for each beam."""
     over_source = [module for name, module in model.named_modules() if name.endswith("encoder_attn")]
     return bool(over_source) and not any(hasattr(module, "attnpatch") for module in over_source)
