@@ -508,6 +508,22 @@ def test_ct_says_that_it_has_no_second_derivative():
 
 
 @pytest.mark.parametrize("then", ["none", "relu", "sigmoid", "leaky_relu"])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_products_show_nan_and_read_a_bias_as_it_lies(seed, then, onednn, monkeypatch):
+    monkeypatch.setattr(products, "_onednn", lambda: products.operator() if onednn else None)
+    x, weight = torch.randn(50, 32), torch.randn(20, 32)
+    x[3, 1], weight[7, 2] = torch.nan, torch.nan
+    found = products.linear(x, weight, torch.randn(20), then).isnan()
+    assert found[3].all()
+    assert found[:, 7].all()
+    assert found.sum() == 20 + 50 - 1
+    weight = torch.randn(20, 32)
+    for bias in (torch.randn(40)[::2], torch.randn(1).expand(20)):
+        wanted = products.linear(x, weight, bias.clone(memory_format=torch.contiguous_format), then)
+        torch.testing.assert_close(products.linear(x, weight, bias, then), wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("then", ["none", "relu", "sigmoid", "leaky_relu"])
 @pytest.mark.parametrize("shape", [(1, 16, 16), (50, 64, 32), (9, 3, 1), (0, 16, 16), (5, 100, 17)])
 def test_products(seed, then, shape):
     rows, inner, outer = shape

@@ -154,10 +154,22 @@ def test_single_queries_say_what_they_do_not_take(seed: int) -> None:
         ((q, k, v, torch.ones(4, 1, 1, 1, dtype=torch.bool)), "mask"),
         ((q.clone().requires_grad_(), k, v, None), "gradient"),
         ((q.to("meta"), k, v, None), "CPU"),
+        ((torch._neg_view(q), k, v, None), "as they are"),
+        ((torch._efficientzerotensor(q.shape), k, v, None), "as they are"),
     ):
         assert reason in str(decode_native.why_not(*arguments))
     with torch.no_grad():
         assert "gradient" not in str(decode_native.why_not(q.clone().requires_grad_(), k, v, None))
+
+
+@compiles
+def test_a_trace_computes_what_it_is_given(seed: int) -> None:
+    def attend(*x: Tensor) -> Tensor:
+        return kernel_attention(*x, kernel="elu")
+
+    inputs, others = ([torch.randn(2, 2, n, 8) for n in (1, 7, 7)] for _ in range(2))
+    traced = torch.jit.trace(attend, tuple(inputs))
+    torch.testing.assert_close(traced(*others), attend(*others))
 
 
 @compiles

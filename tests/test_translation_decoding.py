@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import PAD, masked_lm, tokens, wake
+from models import PAD, encoder_decoder, masked_lm, tokens, wake
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -197,7 +197,28 @@ def test_tokens_that_are_forbidden_in_decoding_stay_so() -> None:
     wanted = scores.clone()
     wanted[:, [5, 7]] = float("-inf")
     torch.testing.assert_close(processors(torch.zeros(3, 1, dtype=torch.long), scores), wanted)
-    # Of several tokens, or the end: only bad_words_ids says that.
-    for words in ([[5, 6]], [[0]]):
-        lean, processors = lean_generation(GenerationConfig(bad_words_ids=words, eos_token_id=0))
+    # Of several tokens, the end or a forced one: only bad_words_ids says that.
+    others = {"eos_token_id": [0, 4], "forced_eos_token_id": [0, 3], "forced_bos_token_id": 8}
+    for words in ([[5, 6]], [[0]], [[4]], [[5], [3]], [[8]]):
+        lean, processors = lean_generation(GenerationConfig(bad_words_ids=words, **others))
         assert (lean.bad_words_ids, len(processors)) == (words, 0)
+    assert len(lean_generation(GenerationConfig(bad_words_ids=[[5]], **others))[1]) == 1
+
+
+def test_parts_with_backends_of_their_own_keep_them() -> None:
+    model = encoder_decoder("bert")
+    model.set_attn_implementation({"encoder": "eager", "decoder": "sdpa"})
+    parts = [part for part in model.modules() if hasattr(part, "set_attn_implementation")]
+    before = [part.config._attn_implementation for part in parts]
+    with lean_decoding(model, num_beams=3):
+        pass
+    assert [part.config._attn_implementation for part in parts] == before
+
+
+def test_weights_that_are_asked_for_are_given() -> None:
+    model = masked_lm("marian")
+    model.set_attn_implementation("eager")
+    options = {"num_beams": 2, "max_new_tokens": 3, "output_attentions": True, "return_dict_in_generate": True}
+    with lean_decoding(model, **options) as arguments:
+        found = model.generate(tokens(2, 5), **arguments())
+    assert found.cross_attentions[0][0].shape[-1] == 5

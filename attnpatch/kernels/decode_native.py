@@ -57,6 +57,14 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
     Raises:
         SpecError: ATTNPATCH_NATIVE has no such value.
     """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return "torch.compile, torch.jit, dispatch modes, torch.func and forward-mode derivatives cannot look into it"
     tensors = (query, key, value)
     if query.dim() != 4 or query.shape[2] != 1:
         return "it takes one query for each row"
@@ -67,8 +75,8 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
     fit = query.shape[1:4:2] == key.shape[1:4:2] and key.shape[:3] == value.shape[:3] and key.numel() > 0
     if not fit or query.shape[0] % key.shape[0]:
         return f"shapes {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)} do not fit"
-    if any(x.stride(-1) != 1 for x in tensors):
-        return "features have to be next to each other"
+    if any(x.stride(-1) != 1 or x.is_neg() or x._is_zerotensor() for x in tensors):
+        return "features have to be next to each other, as they are"
     if mask is not None:
         shape = mask.shape
         if mask.dtype != torch.bool or len(shape) != 4 or shape[0] not in (1, len(key)) or shape[1:3] != (1, 1):
@@ -77,13 +85,6 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
             return f"a mask {tuple(shape)} on {mask.device} does not fit"
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "it has no gradient"
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
-        return "torch.compile, dispatch modes, torch.func and forward-mode derivatives cannot look into it"
     reason = library("decode_native")
     return reason if isinstance(reason, str) else None
 

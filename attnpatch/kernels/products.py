@@ -38,8 +38,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "n
     if x.dtype == torch.float32 and min(weight.shape) >= _LEAST and len(x):
         onednn = _onednn()
         if onednn is not None:
-            product: Tensor = onednn(x, weight, bias, then, [LEAKY_SLOPE] if then == "leaky_relu" else [], "")
-            return product
+            # A bias it reads as if it were contiguous. Its relu makes 0 of NaN.
+            bias = None if bias is None else bias.contiguous()
+            fused = then if then != "relu" else "none"
+            product: Tensor = onednn(x, weight, bias, fused, [LEAKY_SLOPE] if then == "leaky_relu" else [], "")
+            return product if fused == then else follow(product)
     return follow(F.linear(x, weight, bias))
 
 

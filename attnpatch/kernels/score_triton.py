@@ -416,6 +416,7 @@ def triton_attention(*arguments: Any) -> Tensor:
     arguments = (*map(_near, arguments[:3]), *arguments[3:])
     if (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or any(type(x) not in (Tensor, torch.nn.Parameter, type(None)) for x in arguments[:5])
         or torch._C._len_torch_dispatch_stack() > 0
     ):

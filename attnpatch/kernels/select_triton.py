@@ -291,6 +291,7 @@ def selected_attention(*arguments: Any) -> Tensor:
     """
     if (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or any(type(x) not in (Tensor, torch.nn.Parameter, type(None)) for x in arguments[:5])
         or torch._C._len_torch_dispatch_stack() > 0
     ):

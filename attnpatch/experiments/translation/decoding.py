@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, LogitsProcessor, LogitsProcessorList
+from transformers import AttentionInterface, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -80,7 +80,9 @@ def lean_decoding(model: Any, own_attention: bool = True, **generation: Any) -> 
     config.update(**generation)
     config, processors = lean_generation(config)
     before = model.config._attn_implementation
-    own = own_attention and before in ("eager", "sdpa")
+    # Parts of a model may have backends of their own, and weights are asked of `eager`.
+    backends = {part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel)}
+    own = own_attention and backends in ({"eager"}, {"sdpa"}) and not config.output_attentions
     decoder = model.config.get_text_config(decoder=True)
     # A config that wants no cache, or one of another kind, has its way.
     cached = config.use_cache is not False and config.cache_implementation is None
@@ -90,9 +92,9 @@ def lean_decoding(model: Any, own_attention: bool = True, **generation: Any) -> 
         cache = {"past_key_values": BeamCache(decoder, num_beams)} if cached else {}
         return {"generation_config": config, "logits_processor": processors, **cache}
 
-    if own:
-        model.set_attn_implementation(IMPLEMENTATION)
     try:
+        if own:
+            model.set_attn_implementation(IMPLEMENTATION)
         yield arguments
     finally:
         if own:
@@ -124,9 +126,10 @@ def lean_generation(config: Any) -> tuple[Any, LogitsProcessorList]:
     """
     config = copy.deepcopy(config)
     words = config.bad_words_ids
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     # `bad_words_ids` lets the end and forced tokens through.
-    allowed = {*ends, config.forced_bos_token_id, config.forced_eos_token_id}
+    allowed: set[Any] = set()
+    for tokens in (config.eos_token_id, config.forced_bos_token_id, config.forced_eos_token_id):
+        allowed |= set(torch.as_tensor([] if tokens is None else tokens).flatten().tolist())
     if words and all(len(word) == 1 and word[0] not in allowed for word in words):
         config.bad_words_ids = None
         return config, LogitsProcessorList([ForbidTokens([word[0] for word in words])])
