@@ -136,7 +136,7 @@ def _blocks(count: int, elements: int, device: torch.device) -> list[slice]:
     if device.type != "cpu" or torch.compiler.is_compiling():
         size = max(1, (1 << 27) // elements)
     else:
-        size = max(1, (1 << 17) // elements)
+        size = max(1, (1 << 18) // elements)
     return [slice(i, i + size) for i in range(0, count, size)]
 
 
