@@ -38,6 +38,7 @@ from .alignment_networks import (
     apply_network,
     check_width,
     loss_of_pair,
+    serves_pair,
     serves_triton,
 )
 from .once import differentiable_once
@@ -188,11 +189,6 @@ def _conditional_transport(tokens: _Tokens, navigator: nn.Module | None, critic:
     Both directions share S and the cosines. Their gradients are taken at once, so that the T x S matrices of a
     few problems at a time are all that ever exists.
     """
-    if navigator is not None and critic is not None:
-        transport = functools.partial(_transport_losses, tokens, needs_gradients=True)
-        both = loss_of_pair(navigator, critic, tokens.x, transport)
-        if both is not None:
-            return both
     moves = apply_network(navigator, tokens.x)
     features = apply_network(critic, tokens.x, adversary=True)
     needs = torch.is_grad_enabled() and (moves.requires_grad or features.requires_grad)
@@ -481,6 +477,11 @@ def alignment_loss(
                 and _fused(critic, (Critic, Navigator), query, key)
             ):
                 return alignment_triton.transport(query, key, padding, navigator, critic, mean)
+        if navigator is not None and critic is not None and serves_pair(navigator, critic, query, key):
+            tokens = _prepare(query.detach(), key.detach(), padding)
+            transport = functools.partial(_transport_losses, tokens, needs_gradients=True)
+            loss = loss_of_pair(navigator, critic, query, key, tokens.x, transport)
+            return _reduce(loss, tokens.q_valid, tokens.k_valid, reduction)
         tokens = _prepare(query, key, padding)
         if method == "ct":
             loss = _conditional_transport(tokens, navigator, critic)

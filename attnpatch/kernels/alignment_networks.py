@@ -205,47 +205,59 @@ class _Narrow(torch.autograd.Function):
         return gradients[0], None, None, *gradients[1:]
 
 
+def serves_pair(navigator: nn.Module, critic: nn.Module, query: Tensor, key: Tensor) -> bool:
+    """Whether `loss_of_pair` is to be used: two plain networks on a CPU, and a gradient is wanted."""
+    if not torch.is_grad_enabled() or query.device.type != "cpu" or 0 in (query.numel(), key.numel()):
+        return False
+    leaves = (query, key, *navigator.parameters(), *critic.parameters())
+    return any(leaf.requires_grad for leaf in leaves) and _is_ours(navigator) and _is_ours(critic)
+
+
 def loss_of_pair(
     navigator: nn.Module,
     critic: nn.Module,
+    query: Tensor,
+    key: Tensor,
     x: Tensor,
     loss: Callable[[Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]],
-) -> Tensor | None:
-    """A loss [B, H] of navigator(x) and critic(x), x [B, H, L, D], with the gradient of the critic's parameters
-    reversed; None where the two are not plain networks on a CPU, or no gradient is wanted.
+) -> Tensor:
+    """A loss [B, H] of navigator(x) and critic(x), with the gradient of the critic's parameters reversed.
 
     Args:
+        query, key: [B, H, T, D] and [B, H, S, D], which get gradients.
+        x: [B, H, T + S, D], both in the dtype of the arithmetic, zero at padding, without a gradient of its own. What
+            the networks make of padding must not count, so that nothing of a gradient arrives there.
         loss: of both results, gives it and its gradients with respect to them.
     """
-    leaves = (x, *navigator.parameters(), *critic.parameters())
-    if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in leaves):
-        return None
-    if not (_is_fused(navigator, x) and _is_fused(critic, x)):
-        return None
     weights = (None if p is None else p.to(x.dtype) for network in (navigator, critic) for p in _ordered(network))
-    return _Pair.apply(x, loss, *weights)
+    return _Pair.apply(query, key, x, loss, *weights)
 
 
 class _Pair(torch.autograd.Function):
     """See `loss_of_pair`: what two `_Narrow` and a product of gradients would be, in one pass over the tokens each."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Any, *weights: Any) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, x: Tensor, loss: Any, *weights: Any) -> Tensor:
         value, gradients = loss(_applied(x, weights[:_WEIGHTS]), _applied(x, weights[_WEIGHTS:]))
         ctx.save_for_backward(x, *weights, *gradients)
+        ctx.length, ctx.dtypes = query.shape[2], (query.dtype, key.dtype)
         return value
 
     @staticmethod
     @differentiable_once("this alignment loss (ct)")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved, d_moves, d_features = ctx.saved_tensors
-        needs_x, _, *needed = ctx.needs_input_grad
-        of_navigator, of_critic = [needs_x, *needed[:_WEIGHTS]], [needs_x, *needed[_WEIGHTS:]]
+        of_query, of_key, _, _, *needed = ctx.needs_input_grad
+        of_navigator, of_critic = ([of_query or of_key, *half] for half in (needed[:_WEIGHTS], needed[_WEIGHTS:]))
         scale = grad[..., None].expand(x.shape[:-1]).reshape(-1, 1)
         with torch.autocast("cpu", enabled=False):
             first = _by_parts(x, saved[:_WEIGHTS], d_moves, of_navigator, 1.0, scale)
             second = _by_parts(x, saved[_WEIGHTS:], d_features, of_critic, -1.0, scale, onto=first[0])
-        return first[0], None, *first[1:], *second[1:]
+        d_query = d_key = None
+        if first[0] is not None:
+            parts = first[0][:, :, : ctx.length], first[0][:, :, ctx.length :]
+            d_query, d_key = (part.to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True))
+        return d_query, d_key, None, None, *first[1:], *second[1:]
 
 
 def _applied(x: Tensor, weights: Sequence[Any]) -> Tensor:
