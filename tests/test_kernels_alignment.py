@@ -446,17 +446,29 @@ def test_networks_in_float32(seed, kind, layout, onednn, monkeypatch):
     dim, hidden = random.choice([(64, 64), (20, 40), (33, 17), (6, 50)])
     net, exact = kind(dim, hidden), kind(dim, hidden).double()
     exact.load_state_dict(net.state_dict())
-    x = torch.randn(3, 2, 37, 2 * dim)
-    x = {"part of wider rows": x[..., :dim], "one row for all": x[:1, :1, :1, :dim].expand(3, 2, 37, dim)}.get(
-        layout, x[..., :dim].contiguous()
+    given = torch.randn(3, 2, 37, 2 * dim)
+    # The sides of a kink that float32 and float64 see differently would have other slopes.
+    given = given.where(kinks(exact, given[..., :dim].double()).amin(-1, keepdim=True) > 1e-5, 0.0)
+    x = {"part of wider rows": given[..., :dim], "one row for all": given[:1, :1, :1, :dim].expand(3, 2, 37, dim)}.get(
+        layout, given[..., :dim].contiguous()
     )
     x, twin = x.detach().requires_grad_(), x.double().detach().requires_grad_()
     direction = torch.randn_like(net(x)) if layout != "gradient of a sum" else torch.ones(()).expand(net(x).shape)
     leaves, twins = [x, *net.parameters()], [twin, *exact.parameters()]
     found = torch.autograd.grad(an.apply_network(net, x), leaves, direction)
-    wanted = torch.autograd.grad(exact(twin), twins, direction.double())
-    for a, b in zip(found, wanted, strict=True):
-        assert (a - b).norm() <= 1e-5 * b.norm()
+    wanted, sizes = (torch.autograd.grad(exact(twin), twins, d) for d in (direction.double(), direction.double().abs()))
+    for a, b, size in zip(found, wanted, sizes, strict=True):
+        # Of what cancels, what is added up is to be right to so many digits.
+        assert (a - b).norm() <= 1e-5 * max(b.norm(), size.norm())
+
+
+def kinks(network, x):
+    """How far from 0 each vector's activations with a kink are, [..., n]."""
+    mixed, distances = x, []
+    if hasattr(network, "highway"):
+        mixed = network.highway(x)
+        distances.append(network.highway.transform(x))
+    return torch.cat([*distances, network.inner(mixed)], -1).abs()
 
 
 class Wrapped(nn.Module):
