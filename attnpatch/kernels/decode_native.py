@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attnpatch.kernels.compiled import library, openmp
+from attnpatch.kernels.recorded import is_recorded
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _KERNELS = ("softmax", "expressive", "polynomial", "elu")  # `enum kernel` of decode_native.c
@@ -57,18 +58,13 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
     Raises:
         SpecError: ATTNPATCH_NATIVE has no such value.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    ):
-        return "torch.compile, torch.jit, dispatch modes, torch.func and forward-mode derivatives cannot look into it"
     tensors = (query, key, value)
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if is_recorded(*tensors, mask) or transformed:
+        return "torch.compile, torch.jit, dispatch modes, torch.func and forward-mode derivatives cannot look into it"
     if query.dim() != 4 or query.shape[2] != 1:
         return "it takes one query for each row"
-    if any(type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu" for x in tensors):
+    if any(x.device.type != "cpu" for x in tensors):
         return "it takes tensors on the CPU"
     if query.dtype not in _DTYPES or any(x.dtype != query.dtype for x in tensors):
         return f"it takes float32 or bfloat16, not {query.dtype}, {key.dtype} and {value.dtype}"
@@ -81,7 +77,7 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
         shape = mask.shape
         if mask.dtype != torch.bool or len(shape) != 4 or shape[0] not in (1, len(key)) or shape[1:3] != (1, 1):
             return "it takes masks of keys, bool [1 or R, 1, 1, S]"
-        if shape[3] != key.shape[2] or type(mask) is not Tensor or mask.device.type != "cpu":
+        if shape[3] != key.shape[2] or mask.device.type != "cpu":
             return f"a mask {tuple(shape)} on {mask.device} does not fit"
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "it has no gradient"

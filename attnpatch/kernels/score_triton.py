@@ -24,6 +24,7 @@ from torch import Tensor
 
 from attnpatch.kernels import score_triton_device as device
 from attnpatch.kernels.once import differentiable_once
+from attnpatch.kernels.recorded import is_recorded
 from attnpatch.kernels.score import check_name
 from attnpatch.kernels.triton_here import INTERPRETED, TUNE_VARIABLE, why_not_on
 
@@ -414,12 +415,7 @@ def triton_attention(*arguments: Any) -> Tensor:
         [B, H, T, D] in query's dtype.
     """
     arguments = (*map(_near, arguments[:3]), *arguments[3:])
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or any(type(x) not in (Tensor, torch.nn.Parameter, type(None)) for x in arguments[:5])
-        or torch._C._len_torch_dispatch_stack() > 0
-    ):
+    if is_recorded(*arguments[:5]):
         return triton_attention_op(*arguments)[0]
     return _Attention.apply(*arguments)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from attnpatch.kernels import select_triton_device as device
 from attnpatch.kernels.once import differentiable_once
+from attnpatch.kernels.recorded import is_recorded
 from attnpatch.kernels.score_triton import MAX_HEAD_DIM, _near, _precision
 from attnpatch.kernels.select_blocked import Rule
 from attnpatch.kernels.triton_here import INTERPRETED, why_not_on
@@ -289,12 +290,7 @@ def selected_attention(*arguments: Any) -> Tensor:
     Returns:
         [B, H, T, Dv] in query's dtype.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or any(type(x) not in (Tensor, torch.nn.Parameter, type(None)) for x in arguments[:5])
-        or torch._C._len_torch_dispatch_stack() > 0
-    ):
+    if is_recorded(*arguments[:5]):
         return selected_attention_op(*arguments)[0]
     return _Attention.apply(*arguments)
 
